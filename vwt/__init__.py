@@ -1,0 +1,11 @@
+"""vwt: visual words for Vision Transformers. Fewer tokens for timm models, without training."""
+
+from importlib.metadata import version
+
+from vwt.building import build_codebook
+from vwt.codebook import Codebook
+from vwt.strategies import InterImage, IntraImage
+from vwt.tokenizer import VWTokenizer
+
+__version__ = version("vwt")
+__all__ = ["Codebook", "InterImage", "IntraImage", "VWTokenizer", "build_codebook"]

@@ -1,0 +1,174 @@
+"""What is needed of a timm model: embed, blocks, head."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchDropout
+from timm.models import checkpoint_seq
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vwt.errors import ImageError, ModelError
+from vwt.packing import Packed, packable, run_blocks, unpack
+from vwt.patches import embed
+from vwt.words import Words, fill, unmerge
+
+# By exact class: a subclass may have another forward pass, and the result would be silently wrong.
+SUPPORTED: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
+_POOLS = ("", "token", "avg", "max", "avgmax")
+
+
+class Backbone:
+    """The parts of a timm VisionTransformer, called one by one; the model itself is not changed.
+
+    Args:
+        model: a `VisionTransformer` or `VisionTransformerDistilled` with class-token, average or maximum pooling.
+
+    Raises:
+        ModelError: for any other model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if type(model) not in SUPPORTED:
+            names = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SUPPORTED)
+            raise ModelError(f"{type(model).__module__}.{type(model).__name__} is not supported; supported are {names}")
+        pool = model.global_pool if getattr(model, "attn_pool", None) is None else "map"
+        if pool not in _POOLS:
+            raise ModelError(
+                f"this {type(model).__name__} pools by attention (global_pool={pool!r}), which is not supported; "
+                f"supported are {', '.join(repr(p) for p in _POOLS)}"
+            )
+        self.model: Any = model
+
+    @property
+    def prefix(self) -> int:
+        """Number of prefix tokens: class, distillation and register tokens."""
+        return int(self.model.num_prefix_tokens)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Images (B, C, H, W) to what the blocks will see, before anything is reduced.
+
+        Returns:
+            The patch projection's output (B, N, D) without position, the tokens (B, P + N, D) with prefix tokens and
+            position, and the grid (rows, columns) of the N patches.
+        """
+        output, grid = embed(self.model.patch_embed, images)
+        return output.flatten(1, -2), self.model._pos_embed(output), grid
+
+    def check(self, images: Tensor) -> None:
+        """Raise ImageError, saying what to do, unless the model takes these images."""
+        patch_embed = self.model.patch_embed
+        channels = patch_embed.proj.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ImageError(
+                f"images have shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
+                + ("; add a batch dimension with images[None]" if images.ndim == 3 else "")
+            )
+        weight = patch_embed.proj.weight
+        autocast = torch.is_autocast_enabled(images.device.type)
+        if not images.is_floating_point() or (images.dtype != weight.dtype and not autocast):
+            raise ImageError(
+                f"images are {images.dtype}, the model is {weight.dtype}; "
+                + ("cast one to the other" if images.is_floating_point() else "scale and normalise them for the model")
+            )
+        size, expected, patch = tuple(images.shape[2:]), patch_embed.img_size, patch_embed.patch_size
+        if expected is not None and patch_embed.strict_img_size and size != tuple(expected):
+            raise ImageError(
+                f"images are {size[0]}x{size[1]}, the model takes {expected[0]}x{expected[1]}; resize them, or create "
+                f"the model with img_size={size} or dynamic_img_size=True"
+            )
+        if expected is not None and not patch_embed.dynamic_img_pad and (size[0] % patch[0] or size[1] % patch[1]):
+            raise ImageError(f"images are {size[0]}x{size[1]}, no multiple of the patch {patch[0]}x{patch[1]}; resize them")
+
+    def check_reducible(self) -> None:
+        """Raise ModelError if the model itself drops patches at random, as it does in training with patch dropout."""
+        if self.model.training and isinstance(self.model.patch_drop, PatchDropout):
+            raise ModelError("the model drops patches itself (patch_drop_rate) in train mode; call .eval() first")
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, n, D) through the norm before the blocks, the blocks and the norm after them."""
+        tokens = self.model.norm_pre(self.model.patch_drop(tokens))
+        return self.model.norm(self._blocks(tokens))
+
+    def encode_packed(self, packed: Packed) -> Packed:
+        """The same for packed sequences of any number of tokens; every image as if alone."""
+        packed = packed.replace(self.model.norm_pre(packed.values))
+        packed = run_blocks(self._blocks, packed, crossing=not packable(self.model.blocks))
+        return packed.replace(self.model.norm(packed.values))
+
+    def _blocks(self, tokens: Tensor) -> Tensor:
+        if self.model.grad_checkpointing:
+            return checkpoint_seq(self.model.blocks, tokens)
+        return self.model.blocks(tokens)
+
+    def full(self, packed: Packed, words: Words) -> Tensor:
+        """Encoded tokens to the full grid (B, P + N, C): every patch takes the value of its token."""
+        prefix, merged = unpack(packed, self.prefix)
+        return torch.cat([prefix, unmerge(merged, words)], dim=1)
+
+    def head(self, packed: Packed, words: Words) -> Tensor:
+        """Encoded tokens to the model's output, each token weighed by the number of patches that it stands for.
+
+        The head is the model's own: it pools over one token that already is the pool of all.
+        """
+        model = self.model
+        if model.global_pool == "":
+            return model.forward_head(self.full(packed, words))
+        prefix, _ = unpack(packed, self.prefix)
+        if model.global_pool == "token":
+            return model.forward_head(prefix)
+        sizes = fill(words).sizes.to(packed.values.dtype)
+        if packed.is_dense:
+            images = [(packed.dense(), sizes.view(len(packed.lengths), -1))]
+        else:
+            runs = zip(packed.split(), sizes.split(list(words.lengths)), strict=True)
+            images = [(tokens[None], size[None]) for tokens, size in runs]
+        skipped = 0 if model.pool_include_prefix else self.prefix
+        pooled = torch.cat([_pool(tokens, size, self.prefix, skipped, model.global_pool) for tokens, size in images])
+        return model.forward_head(torch.cat([prefix[:, :skipped], pooled[:, None]], dim=1))
+
+
+def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -> Tensor:
+    """Pool tokens (B, P + n, C), of which n have sizes (B, n), over all but the first `skipped`: (B, C)."""
+    sizes = F.pad(sizes, (prefix, 0), value=1.0)[:, skipped:, None]
+    tokens = tokens[:, skipped:]
+    mean = (tokens * sizes).sum(1) / sizes.sum(1)
+    if kind == "avg":
+        return mean
+    most = tokens.amax(1)
+    return most if kind == "max" else 0.5 * (most + mean)
+
+
+def create_model(name: str, checkpoint: str | os.PathLike[str] | None = None, *, weights: bool = True) -> nn.Module:
+    """A timm model in eval mode, with its pretrained weights or those of a checkpoint file.
+
+    Args:
+        name: as `timm.create_model` takes it.
+        checkpoint: a file of weights; None fetches the pretrained ones from the hub, or its cache.
+        weights: False for random weights where none are needed.
+
+    Raises:
+        ModelError: if the model is unknown, or its weights are out of reach.
+    """
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise ModelError(f"no checkpoint file at {checkpoint}")
+    try:
+        if checkpoint is not None:
+            return timm.create_model(name, checkpoint_path=os.fspath(checkpoint)).eval()
+        return timm.create_model(name, pretrained=weights).eval()
+    # timm, huggingface_hub, safetensors and torch each raise errors of their own.
+    except Exception as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not timm.is_model(name.split("/")[-1].split(".")[0]) and "/" not in name:
+            raise ModelError(f"timm {timm.__version__} has no model {name!r}; see timm.list_models()") from error
+        if checkpoint is not None:
+            raise ModelError(f"{checkpoint} holds no weights for {name}: {detail}") from error
+        raise ModelError(
+            f"no pretrained weights for {name}: {detail} Give a file of weights (--checkpoint), or see that the hub "
+            "is in reach"
+        ) from error

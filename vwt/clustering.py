@@ -1,0 +1,106 @@
+"""A stream of patches to cluster centres: a uniform sample for faiss's k-means, or scikit-learn's MiniBatchKMeans."""
+
+from collections.abc import Callable
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+
+def reservoir_slots(first: int, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Where a stream's items go in a uniform sample of `size` (Algorithm R; Vitter 1985).
+
+    Args:
+        first: index of the first item in the stream.
+        count: number of items.
+        size: places in the sample.
+        rng: drawn from once for each item beyond `size`.
+
+    Returns:
+        (count,) int64 places in order; -1 where the item is not taken. A later item replaces an earlier one in its
+        place, so that writing the same items again changes nothing.
+    """
+    index = np.arange(first, first + count)
+    slots = index.copy()
+    late = index >= size
+    slots[late] = rng.integers(0, index[late] + 1)
+    slots[slots >= size] = -1
+    return slots
+
+
+def kmeans(
+    sample: np.ndarray,
+    words: int,
+    *,
+    iterations: int,
+    spherical: bool,
+    seed: int,
+    done: int = 0,
+    centres: np.ndarray | None = None,
+    after: Callable[[int, np.ndarray], None] = lambda done, centres: None,
+) -> np.ndarray:
+    """Centres (K, D) of faiss's k-means over a sample (n, D) float32, one iteration at a time.
+
+    Args:
+        sample: of unit rows if `spherical`.
+        words: K.
+        iterations: of Lloyd's algorithm, in all.
+        spherical: centres of unit length, for cosine distance.
+        seed: of the first centres.
+        done: iterations that `centres` have behind them.
+        centres: (K, D) to go on from.
+        after: called after each iteration with their number so far and the centres.
+    """
+    for iteration in range(done, iterations):
+        step = faiss.Kmeans(
+            sample.shape[1],
+            words,
+            niter=1,
+            seed=seed,
+            spherical=spherical,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(sample),
+        )
+        step.train(sample, init_centroids=centres)
+        centres = step.centroids
+        after(iteration + 1, centres)
+    assert centres is not None
+    return centres
+
+
+class StreamingKMeans:
+    """scikit-learn's MiniBatchKMeans over a stream, in mini-batches of twice as many patches as words.
+
+    Args:
+        words: K.
+        spherical: centres are scaled to unit length in the end; the stream must be of unit rows.
+        seed: of centres and reassignments.
+    """
+
+    def __init__(self, words: int, *, spherical: bool, seed: int) -> None:
+        self.spherical = spherical
+        self.step = max(1024, 2 * words)
+        self.model = MiniBatchKMeans(words, random_state=seed, batch_size=self.step, compute_labels=False)
+        self.waiting: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
+        """Take features (n, D) float32; the centres move when a mini-batch is full."""
+        self.waiting.append(features)
+        if sum(len(part) for part in self.waiting) >= self.step:
+            *full, rest = torch.cat(self.waiting).split(self.step)
+            if len(rest) == self.step:
+                full, rest = [*full, rest], rest[:0]
+            for batch in full:
+                self.model.partial_fit(batch.numpy())
+            self.waiting = [rest]
+
+    def centres(self) -> np.ndarray:
+        """Take what is left of the stream and return the centres (K, D) float32."""
+        rest = torch.cat(self.waiting)
+        if len(rest) >= (1 if hasattr(self.model, "cluster_centers_") else self.model.n_clusters):
+            self.model.partial_fit(rest.numpy())
+        centres = torch.from_numpy(self.model.cluster_centers_).float()
+        return (F.normalize(centres, dim=-1) if self.spherical else centres).numpy()

@@ -1,0 +1,167 @@
+"""Images from folders, archives and hubs, through timm's readers."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from vwt.errors import DataError
+
+# Prefixes by which timm's factory knows a data set that is no folder and no tar file.
+_REMOTE = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
+_NOT_IMAGES = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A run of consecutive images.
+
+    Attributes:
+        start: index in the data set of the first image that was tried.
+        stop: index after the last one.
+        images: (B, C, H, W) uint8, those that could be read.
+        indices: (B,) their indices in the data set.
+        skipped: (index, name, reason) of each image that could not be read.
+    """
+
+    start: int
+    stop: int
+    images: Tensor
+    indices: list[int]
+    skipped: list[tuple[int, str, str]]
+
+
+class ImageSource:
+    """Anything that timm's dataset factory reads, as a stream of uint8 images through the model's own data config.
+
+    Args:
+        source: a folder, a tar file, or a name such as `hfds/…`, `torch/…`, `tfds/…`, `wds/…`.
+        model: the model whose size, crop and interpolation the images get.
+        split: of data sets that have splits, and of folders that have a sub-folder of that name.
+        root: where named data sets are cached.
+
+    Raises:
+        DataError: if there is no such data set, or no image in it.
+    """
+
+    def __init__(self, source: str, model: nn.Module, *, split: str = "train", root: str | None = None) -> None:
+        self.source = str(source)
+        self.dataset = _open(self.source, split, root)
+        config = resolve_model_data_config(model)
+        self.input_size: tuple[int, ...] = config["input_size"]
+        self.transform = create_transform(**config, is_training=False, use_prefetcher=True)
+        self.mode = {1: "L", 3: "RGB"}.get(self.input_size[0], "RGB")
+
+    def __len__(self) -> int:
+        """Number of images, 0 where a stream does not know it."""
+        return len(self.dataset) if hasattr(self.dataset, "__len__") else 0
+
+    @property
+    def name(self) -> str:
+        """The data set's name without the folders above it, which are nobody else's business."""
+        return self.source if self.source.lower().startswith(_REMOTE) else Path(self.source).resolve().name
+
+    def fingerprint(self) -> str:
+        """Checksum of the images' names in order, by which a resumed build knows the data set; not of their pixels."""
+        digest = hashlib.sha256(f"{self.name}\n{len(self)}".encode())
+        if hasattr(getattr(self.dataset, "reader", None), "samples"):  # folders and tar files: names cost nothing
+            for filename in self.dataset.reader.filenames():
+                digest.update(f"\n{filename}".encode())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int, *, start: int = 0, workers: int = 0) -> Iterator[Batch]:
+        """Yield the images from index `start` on, in order; decoding runs in `workers` processes."""
+        if isinstance(self.dataset, IterableDataset):
+            yield from self._stream(batch_size, start)
+            return
+        loader = DataLoader(
+            _Decoded(self.dataset, self.transform, self.mode),
+            batch_size=batch_size,
+            sampler=range(start, len(self)),
+            num_workers=workers,
+            collate_fn=self._collate,
+        )
+        yield from loader
+
+    def _stream(self, batch_size: int, start: int) -> Iterator[Batch]:
+        items = enumerate(iter(self.dataset))
+        for _ in itertools.islice(items, start):
+            pass
+        while chunk := list(itertools.islice(items, batch_size)):
+            yield self._collate([(index, _decode(item[0], self.transform, self.mode)) for index, item in chunk])
+
+    def _collate(self, items: list[tuple[int, Tensor | str]]) -> Batch:
+        good = [(index, image) for index, image in items if isinstance(image, Tensor)]
+        images = torch.stack([image for _, image in good]) if good else torch.empty(0, *self.input_size).byte()
+        return Batch(
+            start=items[0][0],
+            stop=items[-1][0] + 1,
+            images=images,
+            indices=[index for index, _ in good],
+            skipped=[(index, self._filename(index), reason) for index, reason in items if isinstance(reason, str)],
+        )
+
+    def _filename(self, index: int) -> str:
+        reader = getattr(self.dataset, "reader", None)
+        known = reader is not None and not isinstance(self.dataset, IterableDataset)
+        return str(reader.filename(index)) if known else f"image {index}"
+
+
+class _Decoded(Dataset):
+    """timm's data set, except that an image that cannot be read is reported (timm takes the next one in its place)."""
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], Any], mode: str) -> None:
+        self.dataset, self.transform, self.mode = dataset, transform, mode
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        reader = getattr(self.dataset, "reader", self.dataset)
+        try:
+            item = reader[index]
+        except _NOT_IMAGES as error:
+            return index, _reason(error)
+        return index, _decode(item[0], self.transform, self.mode)
+
+
+def _decode(image: Any, transform: Callable[[Any], Any], mode: str) -> Tensor | str:
+    """The transformed uint8 image (C, H, W), or why it cannot be read."""
+    try:
+        if isinstance(image, Image.Image):
+            return torch.as_tensor(transform(image.convert(mode)))
+        with image, Image.open(image) as opened:
+            return torch.as_tensor(transform(opened.convert(mode)))
+    except _NOT_IMAGES as error:
+        return _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or empty"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _open(source: str, split: str, root: str | None) -> Any:
+    remote = source.lower().startswith(_REMOTE)
+    if not remote and not Path(source).exists():
+        raise DataError(
+            f"no such folder or file: {source}; expected a folder of images, a tar file, or a name that begins with "
+            f"{', '.join(_REMOTE)}"
+        )
+    if not remote and Path(source).is_file() and Path(source).suffix != ".tar":
+        raise DataError(f"{source} is a file, but no tar file; give a folder of images or a .tar archive")
+    try:
+        dataset = create_dataset(source if remote else "", root=root if remote else source, split=split)
+    # The factory's readers raise whatever their library does: assertion, import, network and value errors.
+    except Exception as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"cannot read the data set {source}: {detail}") from error
+    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+        raise DataError(f"no image in {source}")
+    return dataset

@@ -1,0 +1,32 @@
+"""The exceptions that a user can catch.
+
+Each message says what was got, what was expected and what to do about it.
+"""
+
+
+class VWTError(Exception):
+    """Base of everything that vwt raises on purpose."""
+
+
+class ArgumentError(VWTError, ValueError):
+    """An argument is out of its range or does not fit the others."""
+
+
+class ImageError(VWTError, ValueError):
+    """Images of a shape, size or dtype that the model does not take."""
+
+
+class DataError(VWTError):
+    """A data set cannot be read, or holds too little."""
+
+
+class CodebookError(VWTError):
+    """A codebook is missing, damaged, unfinished or written by a newer version."""
+
+
+class MismatchError(VWTError):
+    """A codebook was made for another patch size, projection or normalisation than the model's."""
+
+
+class ModelError(VWTError):
+    """A model is unknown, unsupported or without the weights that are needed."""

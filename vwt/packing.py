@@ -1,0 +1,120 @@
+"""Images of different token counts as one sequence.
+
+Norms, linear layers and MLPs work on each token by itself, so that the tokens of all images can go through them as one
+matrix; only attention must not cross from one image to the next. The model's own blocks are called on the packed
+sequence, and the calls that they make to `scaled_dot_product_attention` are answered image by image.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Token sequences of B images, one after another.
+
+    Attributes:
+        values: (T, C), T tokens in all.
+        lengths: tokens of each image, prefix tokens included; they sum to T.
+    """
+
+    values: Tensor
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(B + 1,) int64 on the device of the values: image b owns rows offsets[b]:offsets[b + 1]."""
+        return torch.tensor([0, *self.lengths], device=self.values.device).cumsum(0)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all images have as many tokens."""
+        return len(set(self.lengths)) <= 1
+
+    def dense(self) -> Tensor:
+        """(B, n, C), where all images have n tokens."""
+        return self.values.view(len(self.lengths), -1 if self.lengths else 0, self.values.shape[-1])
+
+    def split(self) -> tuple[Tensor, ...]:
+        """One (n, C) for each image."""
+        return self.values.split(list(self.lengths))
+
+    def replace(self, values: Tensor) -> "Packed":
+        """Other values of the same lengths."""
+        return Packed(values, self.lengths)
+
+
+def pack(prefix: Tensor, merged: Tensor, counts: tuple[int, ...]) -> Packed:
+    """Put prefix tokens (B, P, C) before each image's run of merged tokens (T, C).
+
+    Args:
+        prefix: class, distillation and register tokens.
+        merged: tokens image after image, as `vwt.words.merge` gives them.
+        counts: tokens of each image, which sum to T.
+    """
+    batch, count, width = prefix.shape
+    lengths = tuple(count + n for n in counts)
+    if len(set(counts)) <= 1:
+        dense = torch.cat([prefix, merged.view(batch, -1 if batch else 0, width)], dim=1)
+        return Packed(dense.flatten(0, 1), lengths)
+    runs = [run for pair in zip(prefix, merged.split(list(counts)), strict=True) for run in pair]
+    return Packed(torch.cat(runs), lengths)
+
+
+def unpack(packed: Packed, prefix: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack`: prefix tokens (B, P, C) and merged tokens (T, C)."""
+    if packed.is_dense:
+        dense = packed.dense()
+        return dense[:, :prefix], dense[:, prefix:].flatten(0, 1)
+    runs = packed.split()
+    return torch.stack([run[:prefix] for run in runs]), torch.cat([run[prefix:] for run in runs])
+
+
+def packable(blocks: nn.Module) -> bool:
+    """Whether blocks can run on a packed sequence.
+
+    Not in train mode, where stochastic depth draws for each image, and not with unfused attention, which cannot be
+    told where an image ends.
+    """
+    return not blocks.training and all(getattr(module, "fused_attn", True) for module in blocks.modules())
+
+
+def run_blocks(blocks: Callable[[Tensor], Tensor], packed: Packed, *, crossing: bool = False) -> Packed:
+    """Run transformer blocks on packed sequences, each image as if alone.
+
+    Args:
+        blocks: from tokens (B, n, C) to tokens of the same shape.
+        packed: the sequences.
+        crossing: the blocks are not `packable`; images of different lengths run one after another.
+    """
+    if packed.is_dense:
+        return packed.replace(blocks(packed.dense()).flatten(0, 1))
+    if crossing:
+        return packed.replace(torch.cat([blocks(run[None])[0] for run in packed.split()]))
+    with _AttentionWithinImages(packed.lengths):
+        return packed.replace(blocks(packed.values[None])[0])
+
+
+class _AttentionWithinImages(TorchFunctionMode):
+    """Answers fused attention over a packed sequence (1, H, T, d) image by image."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.lengths = list(lengths)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value, *rest = args
+        runs = zip(*(t.split(self.lengths, dim=-2) for t in (query, key, value)), strict=True)
+        return torch.cat([func(q, k, v, *rest, **kwargs) for q, k, v in runs], dim=-2)

@@ -1,0 +1,145 @@
+"""VWTokenizer: a timm model that sees fewer tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vwt.backbones import Backbone
+from vwt.errors import ArgumentError
+from vwt.packing import Packed, pack
+from vwt.patches import PatchSpec, patchify
+from vwt.strategies import Strategy
+from vwt.words import Words, keep_patches, merge
+
+# Methods of the model that mean the same on the wrapper. Those that compute are not among them: the model's own would
+# silently run on all tokens.
+_DELEGATED = frozenset(
+    {"get_classifier", "reset_classifier", "no_weight_decay", "group_matcher", "set_grad_checkpointing"}
+)
+
+
+class VWTokenizer(nn.Module):
+    """Wraps a timm Vision Transformer and reduces its tokens before the first block.
+
+    It answers like the model: the same images, the same output, attributes and state dict. The model is not changed,
+    and can be used beside it.
+
+    Args:
+        model: see `vwt.backbones.SUPPORTED`.
+        strategy: which patches make which token (`InterImage`, `IntraImage`); None reduces nothing, and returns what
+            the model returns, bit for bit.
+
+    Raises:
+        ModelError: if the model is not supported.
+        MismatchError: if the strategy's codebook was made for another model.
+
+    >>> fast = VWTokenizer(model, InterImage(codebook, threshold=0.1))  # doctest: +SKIP
+    >>> logits = fast(images)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: nn.Module, strategy: Strategy | None = None) -> None:
+        super().__init__()
+        if isinstance(model, VWTokenizer):
+            raise ArgumentError("the model is wrapped already; wrap its .model with the new strategy")
+        if strategy is not None and not isinstance(strategy, Strategy):
+            raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
+        Backbone(model)
+        self.model = model
+        self.strategy = None
+        if strategy is not None:
+            spec = PatchSpec.of(model)
+            self._patch_size = spec.patch_size
+            weight = next(model.parameters())
+            self.strategy = strategy.bind(spec).to(weight.device)
+        self.train(model.training)
+        self.register_state_dict_post_hook(_drop_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model's parts."""
+        return Backbone(self.model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised for the model, to what `model(images)` would return.
+
+        Raises:
+            ImageError: for images of the wrong shape, size or dtype.
+        """
+        backbone = self.backbone
+        backbone.check(images)
+        if self.strategy is None:
+            return self.model.forward_head(self._encode_all(images))
+        return backbone.head(*self._encode(images))
+
+    def forward_features(self, images: Tensor, unmerge: bool = True) -> Tensor | tuple[Packed, Words]:
+        """Images (B, C, H, W) to encoded tokens, after the model's final norm.
+
+        Args:
+            images: as in `forward`.
+            unmerge: back on the full grid (B, P + N, C), as the model has it: every patch takes the value of its
+                token, a dropped patch that of the nearest kept one. False gives the reduced tokens, prefix tokens
+                first, and their Words.
+        """
+        self.backbone.check(images)
+        if self.strategy is None and unmerge:
+            return self._encode_all(images)
+        packed, words = self._encode(images)
+        return self.backbone.full(packed, words) if unmerge else (packed, words)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """The model's own head on features of the full grid (B, P + N, C)."""
+        return self.model.forward_head(features, pre_logits=pre_logits)
+
+    def tokenize(self, images: Tensor) -> Words:
+        """Which patches of images (B, C, H, W) make which token; nothing is encoded."""
+        self.backbone.check(images)
+        _, words = self._reduce(images)
+        return words
+
+    def _encode_all(self, images: Tensor) -> Tensor:
+        _, tokens, _ = self.backbone.embed(images)
+        return self.backbone.encode(tokens)
+
+    def _encode(self, images: Tensor) -> tuple[Packed, Words]:
+        tokens, words = self._reduce(images)
+        prefix = self.backbone.prefix
+        packed = pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths)
+        return self.backbone.encode_packed(packed), words
+
+    def _reduce(self, images: Tensor) -> tuple[Tensor, Words]:
+        """Tokens (B, P + N, C) with position, not yet merged, and the Words that the strategy makes of them."""
+        self.backbone.check_reducible()
+        patches, tokens, grid = self.backbone.embed(images)
+        if self.strategy is None:
+            everything = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
+            return tokens, keep_patches(everything, grid)
+        features = patches if self.strategy.space == "embedding" else patchify(images, self._patch_size, grid)
+        return tokens, self.strategy(features, grid)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            value = getattr(self.model, name)
+            if callable(value) and not isinstance(value, nn.Module) and name not in _DELEGATED:
+                raise AttributeError(
+                    f"VWTokenizer has no {name!r}; the model's own, {type(self.model).__name__}.{name}, sees all "
+                    "tokens: call it as .model." + name
+                ) from None
+            return value
+
+
+def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State dicts have the model's own names, with or without the wrapper."""
+    for name in [n for n in state if n.startswith(prefix + "model.")]:
+        state[prefix + name.removeprefix(prefix + "model.")] = state.pop(name)
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    names = {name for name, _ in module.model.state_dict(keep_vars=True).items()}  # type: ignore[union-attr, operator]
+    for name in [n for n in state if n.removeprefix(prefix) in names]:
+        state[prefix + "model." + name.removeprefix(prefix)] = state.pop(name)

@@ -1,0 +1,129 @@
+"""Words: which patches make which token; merge and unmerge.
+
+Patches, not prefix tokens: class and register tokens never come here.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """How the N patches of each image make its tokens.
+
+    Attributes:
+        group: (B, N) int64, the token of each patch, numbered from 0 within its image in row-major order of first
+            appearance; -1 where the patch is dropped.
+        weight: (B, N) float32, the patch's share in its token; sums to 1 over each token, 0 where dropped.
+        counts: (B,) int64, tokens an image, prefix tokens not counted.
+        grid: (rows, columns) of the patches, rows * columns = N.
+        count: tokens an image where the strategy gives every image as many, else None. It spares a device
+            synchronisation and keeps shapes static.
+    """
+
+    group: Tensor
+    weight: Tensor
+    counts: Tensor
+    grid: tuple[int, int]
+    count: int | None = None
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each image as Python integers (one device synchronisation, if counts vary)."""
+        if self.count is not None:
+            return (self.count,) * self.group.shape[0]
+        return tuple(self.counts.tolist())
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Row of each patch's token (B, N) in the matrix that `merge` returns; meaningless where dropped."""
+        starts = self.counts.cumsum(0) - self.counts
+        return self.group + starts[:, None]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Patches in each token (T,) float32, in the order of `merge`."""
+        return _sum_rows((self.group >= 0).float()[..., None], self)[:, 0]
+
+
+def group_words(labels: Tensor, num_labels: int, grid: tuple[int, int]) -> Words:
+    """Words in which all patches of one label make one token, their mean.
+
+    Args:
+        labels: (B, N) int64 in [0, num_labels), or -1 for a patch that stays as it is.
+        num_labels: how many labels there can be, at least 1.
+        grid: (rows, columns) of the patches.
+
+    >>> group_words(torch.tensor([[7, -1, 7, -1]]), 10, (2, 2)).group
+    tensor([[0, 1, 0, 2]])
+    """
+    batch, patches = labels.shape
+    position = torch.arange(patches, device=labels.device).expand(batch, -1)
+    alone, label = labels < 0, labels.clamp(min=0)
+    # The first patch of a label speaks for all of them; a patch without a label speaks for itself.
+    speakers = labels.new_full((batch, num_labels), patches)
+    speakers = speakers.scatter_reduce(1, label, position.masked_fill(alone, patches), "amin")
+    speaker = torch.where(alone, position, speakers.gather(1, label))
+    opens = speaker == position
+    group = (opens.cumsum(1) - 1).gather(1, speaker)
+    size = torch.zeros_like(group).scatter_add(1, group, torch.ones_like(group)).gather(1, group)
+    return Words(group, size.float().reciprocal(), opens.sum(1), grid)
+
+
+def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
+    """Words in which some patches are tokens as they are, and the others are dropped.
+
+    Args:
+        kept: (B, n) int64, distinct patch indices of each image, ascending.
+        grid: (rows, columns) of the patches.
+    """
+    batch, count = kept.shape
+    group = kept.new_full((batch, grid[0] * grid[1]), -1)
+    group = group.scatter(1, kept, torch.arange(count, device=kept.device).expand(batch, -1))
+    return Words(group, (group >= 0).float(), kept.new_full((batch,), count), grid, count)
+
+
+def merge(tokens: Tensor, words: Words) -> Tensor:
+    """Patch tokens (B, N, C) to merged tokens (T, C), image after image; T is the sum of `words.counts`.
+
+    Each merged token is the weighted sum of its patches, accumulated in float32 for lower precisions.
+    """
+    weighted = tokens * words.weight[..., None]  # float32, or wider
+    return _sum_rows(weighted, words).to(tokens.dtype)
+
+
+def unmerge(merged: Tensor, words: Words) -> Tensor:
+    """Inverse of `merge` on the full grid: merged tokens (T, C) to patch tokens (B, N, C).
+
+    Every patch takes the value of its token; a dropped patch that of the nearest kept one (see `fill`).
+    `unmerge(merge(x)) == x` where every group has one member.
+    """
+    return merged[fill(words).rows]
+
+
+def fill(words: Words) -> Words:
+    """The same tokens, with every dropped patch assigned to the token of the nearest patch that was not dropped.
+
+    Nearest on the grid, Euclidean; ties go to the lower patch index.
+    """
+    dropped = words.group < 0
+    if words.count == dropped.shape[1] or not bool(dropped.any()):
+        return words
+    rows, columns = words.grid
+    place = torch.cartesian_prod(*(torch.arange(n, device=dropped.device) for n in (rows, columns)))
+    distance = (place[:, None] - place[None]).square().sum(-1)  # (N, N)
+    far = rows * rows + columns * columns
+    nearest = torch.stack([(distance + far * image).argmin(1) for image in dropped])
+    return Words(words.group.gather(1, nearest), words.weight, words.counts, words.grid, words.count)
+
+
+def _sum_rows(values: Tensor, words: Words) -> Tensor:
+    """Sum of the values (B, N, C) of the patches of each token: (T, C)."""
+    total = sum(words.lengths)
+    index = torch.where(words.group >= 0, words.rows, total)  # one row more, for what is dropped
+    sums = values.new_zeros(total + 1, values.shape[-1])
+    return sums.index_add(0, index.flatten(), values.flatten(0, 1))[:total]
+
