@@ -7,13 +7,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchDropout
+from timm.layers import PatchDropout, PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vwt.errors import ImageError, ModelError
+from vwt.errors import ImageError, ModelError, first_line
 from vwt.packing import Packed, packable, run_blocks, unpack
 from vwt.patches import embed
 from vwt.words import Words, fill, unmerge
@@ -37,6 +37,11 @@ class Backbone:
         if type(model) not in SUPPORTED:
             names = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SUPPORTED)
             raise ModelError(f"{type(model).__module__}.{type(model).__name__} is not supported; supported are {names}")
+        if type(model.patch_embed) is not PatchEmbed:
+            raise ModelError(
+                f"this {type(model).__name__} makes its patches with {type(model.patch_embed).__name__}, which is not "
+                f"supported; supported is {PatchEmbed.__module__}.{PatchEmbed.__name__}"
+            )
         pool = model.global_pool if getattr(model, "attn_pool", None) is None else "map"
         if pool not in _POOLS:
             raise ModelError(
@@ -62,6 +67,10 @@ class Backbone:
 
     def check(self, images: Tensor) -> None:
         """Raise ImageError, saying what to do, unless the model takes these images."""
+        if not isinstance(images, Tensor):
+            raise ImageError(
+                f"images are {type(images).__name__}; expected a torch.Tensor (batch, channels, height, width)"
+            )
         patch_embed = self.model.patch_embed
         channels = patch_embed.proj.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
@@ -82,8 +91,11 @@ class Backbone:
                 f"images are {size[0]}x{size[1]}, the model takes {expected[0]}x{expected[1]}; resize them, or create "
                 f"the model with img_size={size} or dynamic_img_size=True"
             )
-        if expected is not None and not patch_embed.dynamic_img_pad and (size[0] % patch[0] or size[1] % patch[1]):
-            raise ImageError(f"images are {size[0]}x{size[1]}, no multiple of the patch {patch[0]}x{patch[1]}; resize them")
+        padded = patch_embed.strict_img_size or patch_embed.dynamic_img_pad
+        if expected is not None and not padded and (size[0] % patch[0] or size[1] % patch[1]):
+            raise ImageError(
+                f"images are {size[0]}x{size[1]}, no multiple of the patch {patch[0]}x{patch[1]}; resize them"
+            )
 
     def check_reducible(self) -> None:
         """Raise ModelError if the model itself drops patches at random, as it does in training with patch dropout."""
@@ -97,9 +109,16 @@ class Backbone:
 
     def encode_packed(self, packed: Packed) -> Packed:
         """The same for packed sequences of any number of tokens; every image as if alone."""
+        if not packed.lengths:
+            return packed
         packed = packed.replace(self.model.norm_pre(packed.values))
-        packed = run_blocks(self._blocks, packed, crossing=not packable(self.model.blocks))
+        packed = run_blocks(self._blocks, packed, crossing=not self._packable())
         return packed.replace(self.model.norm(packed.values))
+
+    def _packable(self) -> bool:
+        # Checkpointed blocks run again in the backward pass, when nothing answers their attention image by image.
+        recomputed = self.model.grad_checkpointing and torch.is_grad_enabled()
+        return packable(self.model.blocks) and not recomputed
 
     def _blocks(self, tokens: Tensor) -> Tensor:
         if self.model.grad_checkpointing:
@@ -122,7 +141,7 @@ class Backbone:
         prefix, _ = unpack(packed, self.prefix)
         if model.global_pool == "token":
             return model.forward_head(prefix)
-        sizes = fill(words).sizes.to(packed.values.dtype)
+        sizes = fill(words).sizes
         if packed.is_dense:
             images = [(packed.dense(), sizes.view(len(packed.lengths), -1))]
         else:
@@ -130,13 +149,14 @@ class Backbone:
             images = [(tokens[None], size[None]) for tokens, size in runs]
         skipped = 0 if model.pool_include_prefix else self.prefix
         pooled = torch.cat([_pool(tokens, size, self.prefix, skipped, model.global_pool) for tokens, size in images])
-        return model.forward_head(torch.cat([prefix[:, :skipped], pooled[:, None]], dim=1))
+        pooled = pooled[:, None].to(packed.values.dtype)
+        return model.forward_head(torch.cat([prefix[:, :skipped], pooled], dim=1))
 
 
 def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -> Tensor:
-    """Pool tokens (B, P + n, C), of which n have sizes (B, n), over all but the first `skipped`: (B, C)."""
+    """Pool tokens (B, P + n, C), of which n have sizes (B, n), over all but the first `skipped`: (B, C) float32."""
     sizes = F.pad(sizes, (prefix, 0), value=1.0)[:, skipped:, None]
-    tokens = tokens[:, skipped:]
+    tokens = tokens[:, skipped:].float()
     mean = (tokens * sizes).sum(1) / sizes.sum(1)
     if kind == "avg":
         return mean
@@ -163,7 +183,7 @@ def create_model(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
         return timm.create_model(name, pretrained=weights).eval()
     # timm, huggingface_hub, safetensors and torch each raise errors of their own.
     except Exception as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        detail = first_line(error)
         if not timm.is_model(name.split("/")[-1].split(".")[0]) and "/" not in name:
             raise ModelError(f"timm {timm.__version__} has no model {name!r}; see timm.list_models()") from error
         if checkpoint is not None:

@@ -13,8 +13,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +25,12 @@ from tqdm import tqdm
 
 from vwt.clustering import StreamingKMeans, kmeans, reservoir_slots
 from vwt.codebook import Codebook
-from vwt.datasets import Batch, ImageSource
+from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, CodebookError, DataError
+from vwt.features import FeatureStream
 from vwt.matching import check_threshold, nearest_words
-from vwt.patches import SPACES, PatchSpec, Space, embed, normalise, patchify
-from vwt.resuming import SavedTensors, open_sample, read_json, work_folder, write_json
+from vwt.patches import SPACES, PatchSpec, Space
+from vwt.resuming import SavedTensors, check_begun, open_sample, read_json, work_folder, write_json
 
 Backend = Literal["faiss", "sklearn"]
 BACKENDS: tuple[Backend, ...] = ("faiss", "sklearn")
@@ -53,7 +52,7 @@ class BuildConfig:
         space: "pixel" or "embedding".
         backend: "faiss" (k-means over a uniform sample) or "sklearn" (MiniBatchKMeans over the whole stream).
         spherical: cluster by cosine distance, as words are matched; False for Euclidean k-means as in the paper.
-        iterations: of faiss's k-means.
+        iterations: of faiss's k-means, most of them on a part of the sample.
         seed: of the sample and of the clustering.
         threshold: cosine distance up to which the report counts a patch as matched.
         split: of the data set.
@@ -63,16 +62,16 @@ class BuildConfig:
     space: Space = "embedding"
     backend: Backend = "faiss"
     spherical: bool = True
-    iterations: int = 5
+    iterations: int = 9
     seed: int = 0
     threshold: float = 0.1
     split: str = "train"
 
     def __post_init__(self) -> None:
-        for name, least in (("words", 1), ("iterations", 1), ("seed", 0)):
+        for name, least, most in (("words", 1, 2**31), ("iterations", 1, 2**31), ("seed", 0, 2**31)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ArgumentError(f"{name} is {value!r}; expected an integer of at least {least}")
+            if not isinstance(value, int) or not least <= value < most:
+                raise ArgumentError(f"{name} is {value!r}; expected an integer of at least {least}, below 2**31")
         for name, choices in (("space", SPACES), ("backend", BACKENDS)):
             if getattr(self, name) not in choices:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
@@ -89,7 +88,7 @@ class BuildReport:
         patches: patches seen.
         sampled: patches that the clustering worked on.
         empty: words that no patch is nearest to.
-        duplicate: words that equal an earlier word.
+        duplicate: words, not empty, that equal an earlier one.
         effective: words that are neither.
         distance: mean cosine distance of all patches to their nearest word.
         matched: share of patches within the threshold.
@@ -172,8 +171,11 @@ def run_build(
         raise CodebookError(f"{target} exists; choose another name, or overwrite it (--overwrite)")
     if workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    if workers < 0:
+        raise ArgumentError(f"workers is {workers}; expected 0 (decode in this process) or more")
     with work_folder(target, resume=resume, overwrite=overwrite) as folder:
-        build = _Build(stream, model, spec, config, folder, workers=workers, strict=strict, progress=progress)
+        features = FeatureStream(stream, model, spec, config.space, workers=workers, strict=strict, progress=progress)
+        build = _Build(stream, features, config, folder, progress)
         codebook = build.run()
         if target is not None:
             codebook.save(target, overwrite=overwrite)
@@ -184,23 +186,12 @@ class _Build:
     """One build; its steps in the order of `run`."""
 
     def __init__(
-        self,
-        stream: ImageSource,
-        model: nn.Module,
-        spec: PatchSpec,
-        config: BuildConfig,
-        folder: Path,
-        *,
-        workers: int,
-        strict: bool,
-        progress: bool,
+        self, stream: ImageSource, features: FeatureStream, config: BuildConfig, folder: Path, progress: bool
     ) -> None:
-        self.stream, self.model, self.spec, self.config = stream, model, spec, config
-        self.folder, self.workers, self.strict, self.progress = folder, workers, strict, progress
-        self.report = BuildReport()
-        self.skipped: dict[int, tuple[str, str]] = {}
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.stream, self.features, self.spec = stream, features, features.spec
+        self.config, self.folder, self.progress = config, folder, progress
+        self.timed = features.timed
+        self.report = BuildReport(seconds=self.timed.seconds)
 
     def run(self) -> Codebook:
         self.date = self._open_folder()
@@ -214,10 +205,11 @@ class _Build:
             **dataclasses.asdict(self.config),
             "data set": self.stream.fingerprint(),
             "model": self.spec.model,
-            "projection": self.spec.projection,
+            "projection": self.spec.projection if self.config.space == "embedding" else {},
             "image size": list(self.stream.input_size),
         }
         what = json.loads(json.dumps(what))
+        check_begun(path)
         if path.exists():
             begun = read_json(path)
             differing = sorted(key for key in what if what[key] != begun["what"].get(key))
@@ -248,7 +240,7 @@ class _Build:
             state.save({"centres": torch.from_numpy(centres)}, {"iterations": str(iteration)})
             bar.update()
 
-        with self._timed("cluster"), bar:
+        with self.timed("cluster"), bar:
             return kmeans(
                 sample,
                 self.config.words,
@@ -264,9 +256,9 @@ class _Build:
         """A uniform sample of patches (n, D) float32, unit rows if spherical; all of them if there are few."""
         first_pass = self._restore_first_pass()
         path, seen = self.folder / "sample.f32", first_pass["patches"]
-        sample = open_sample(path, tuple(first_pass["shape"])) if seen else None
-        for batch, features in self._features("sample", first_pass["next"]):
-            with self._timed("sample"):
+        sample = open_sample(path, tuple(first_pass["shape"]), begun=True) if seen else None
+        for batch, features in self.features.batches("sample", first_pass["next"]):
+            with self.timed("sample"):
                 patches = self._for_clustering(features)
                 if sample is None:
                     sample = open_sample(path, self._sample_shape(*patches.shape[1:]))
@@ -297,12 +289,12 @@ class _Build:
             return state.tensors["centres"].numpy()
         clusters = StreamingKMeans(self.config.words, spherical=self.config.spherical, seed=self.config.seed)
         seen = 0
-        for _, features in self._features("cluster", 0):
-            with self._timed("cluster"):
+        for _, features in self.features.batches("cluster", 0):
+            with self.timed("cluster"):
                 clusters.add(self._for_clustering(features).flatten(0, 1))
             seen += features.shape[0] * features.shape[1]
         self._check_enough(seen)
-        with self._timed("cluster"):
+        with self.timed("cluster"):
             centres = clusters.centres()
         self.report.sampled = seen
         self._save_first_pass({"next": len(self.stream), "patches": seen, "shape": [seen, centres.shape[1]]})
@@ -310,14 +302,14 @@ class _Build:
         return centres
 
     def _save_first_pass(self, first_pass: dict[str, Any]) -> None:
-        write_json(self.folder / "first_pass.json", first_pass | {"skipped": list(self.skipped.items())})
+        write_json(self.folder / "first_pass.json", first_pass | {"skipped": list(self.features.skipped.items())})
 
     def _restore_first_pass(self) -> dict[str, Any]:
         path = self.folder / "first_pass.json"
         if not path.exists():
             return {"next": 0, "patches": 0}
         first_pass = read_json(path)
-        self.skipped = {index: (name, reason) for index, (name, reason) in first_pass.pop("skipped")}
+        self.features.skipped = {index: (name, reason) for index, (name, reason) in first_pass.pop("skipped")}
         self.report.sampled = min(first_pass["patches"], first_pass["shape"][0])
         return first_pass
 
@@ -325,7 +317,7 @@ class _Build:
         if patches < self.config.words:
             shutil.rmtree(self.folder)  # nothing to resume
         if patches == 0:
-            first = next(iter(self.skipped.values()), None)
+            first = next(iter(self.features.skipped.values()), None)
             raise DataError(
                 f"no readable image in {self.stream.source}" + (f" (first: {first[0]}: {first[1]})" if first else "")
             )
@@ -338,7 +330,7 @@ class _Build:
 
     def _count(self, centres: Tensor) -> Codebook:
         """Count patches and images of each word, and put words together with where they come from."""
-        words, directions = len(centres), F.normalize(centres, dim=-1).to(self.device)
+        words, directions = len(centres), F.normalize(centres, dim=-1).to(self.features.device)
         state = SavedTensors(self.folder / "counts.safetensors")
         sums = state.tensors or {
             "counts": torch.zeros(words, dtype=torch.int64),
@@ -347,13 +339,13 @@ class _Build:
             "totals": torch.zeros(3, dtype=torch.float64),  # images, sum of distances, patches within the threshold
         }
         saved = time.monotonic()
-        for batch, features in self._features("count", int(state.meta.get("next", 0))):
-            with self._timed("count"):
+        for batch, features in self.features.batches("count", int(state.meta.get("next", 0))):
+            with self.timed("count"):
                 _count_batch(features, directions, self.config.threshold, sums)
             if time.monotonic() - saved > _SAVE_EVERY:
                 state.save(sums, {"next": str(batch.stop)})
                 saved = time.monotonic()
-        with self._timed("finish"):
+        with self.timed("finish"):
             return self._codebook(centres, directions.cpu(), sums)
 
     def _codebook(self, centres: Tensor, directions: Tensor, sums: dict[str, Tensor]) -> Codebook:
@@ -403,77 +395,14 @@ class _Build:
             },
         )
 
-    def _finish_report(
-        self, images: int, distance: float, matched: float, counts: Tensor, directions: Tensor
-    ) -> None:
-        report, empty, duplicate = self.report, counts == 0, duplicate_words(directions)
+    def _finish_report(self, images: int, distance: float, matched: float, counts: Tensor, directions: Tensor) -> None:
+        report, used = self.report, counts > 0
         report.images = images
-        report.skipped = {name: reason for _, (name, reason) in sorted(self.skipped.items())}
+        report.skipped = {name: reason for _, (name, reason) in sorted(self.features.skipped.items())}
         report.patches = int(counts.sum())
-        report.empty, report.duplicate = int(empty.sum()), int(duplicate.sum())
-        report.effective = int((~empty & ~duplicate).sum())
+        report.empty, report.duplicate = int((~used).sum()), int(duplicate_words(directions[used]).sum())
+        report.effective = len(counts) - report.empty - report.duplicate
         report.distance, report.matched = distance / report.patches, matched / report.patches
-
-    # -- both passes -----------------------------------------------------------------------------------------------
-
-    def _features(self, name: str, start: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches from image `start` on, with their features (B, N, D) float32."""
-        total = len(self.stream) or None
-        with tqdm(desc=name, total=total, initial=start, unit="img", disable=not self.progress) as bar, _half_threads():
-            batches = self.stream.batches(_BATCH, start=start, workers=self.workers)
-            while True:
-                with self._timed("decode"):
-                    batch = next(batches, None)
-                if batch is None:
-                    return
-                self._note_skipped(batch)
-                if len(batch.images):
-                    with self._timed("features"):
-                        features = self._batch_features(batch)
-                    yield batch, features
-                bar.update(batch.stop - batch.start)
-
-    @torch.inference_mode()
-    def _batch_features(self, batch: Batch) -> Tensor:
-        images = normalise(batch.images.to(self.device), self.spec.mean, self.spec.std)
-        if self.config.space == "embedding":
-            output, _ = embed(self.model.patch_embed, images.to(self.dtype))
-            features = output.flatten(1, -2).float()
-        else:
-            features = patchify(images, self.spec.patch_size)
-        finite = torch.isfinite(features.sum(dim=(1, 2)))
-        if not finite.all():
-            bad = batch.indices[int(finite.int().argmin())]
-            raise DataError(
-                f"NaN or infinity in the patches of image {bad} of {self.stream.source}; are the model's weights finite?"
-            )
-        return features
-
-    def _note_skipped(self, batch: Batch) -> None:
-        for index, name, reason in batch.skipped:
-            if self.strict:
-                raise DataError(f"cannot read {name}: {reason} (image {index}; without --strict it is skipped)")
-            self.skipped[index] = (name, reason)
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = self.report.seconds
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - begin
-
-
-@contextmanager
-def _half_threads() -> Iterator[None]:
-    """Leave half of the processors to the decoding of images; torch waits for its slowest thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _count_batch(features: Tensor, directions: Tensor, threshold: float, sums: dict[str, Tensor]) -> None:

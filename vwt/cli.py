@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_build(commands: "argparse._SubParsersAction[_Parser]") -> None:
     default = BuildConfig()
     build = commands.add_parser(
         "build",
@@ -108,8 +108,7 @@ def build_summary(report: BuildReport, config: BuildConfig) -> str:
         f"images    {report.images} read, {len(report.skipped)} skipped",
         *(f"          skipped {name}: {reason}" for name, reason in list(report.skipped.items())[:10]),
         f"patches   {report.patches} seen, {report.sampled} sampled",
-        f"words     {config.words}, {report.effective} effective "
-        f"({report.empty} empty, {report.duplicate} duplicate)",
+        f"words     {config.words}, {report.effective} effective ({report.empty} empty, {report.duplicate} duplicate)",
         f"distance  {report.distance:.4f} mean cosine distance to the nearest word",
         f"matched   {100 * report.matched:.1f} % of patches within {config.threshold:g}",
         f"seconds   {total:.1f} (" + ", ".join(f"{part} {value:.1f}" for part, value in seconds) + ")",

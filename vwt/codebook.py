@@ -22,12 +22,12 @@ import zarr
 from torch import Tensor
 from zarr.storage import ZipStore
 
-from vwt.errors import ArgumentError, CodebookError, MismatchError
+from vwt.errors import ArgumentError, CodebookError, MismatchError, first_line
 from vwt.patches import SPACES, PatchSpec, Space
 
 FORMAT = "vwt-codebook"
 VERSION = 1
-_ARRAYS = {"words": np.float32, "counts": np.int64, "document_counts": np.int64}
+_ARRAYS = {"words": torch.float32, "counts": torch.int64, "document_counts": torch.int64}
 # Two float32 normalisations that agree to this are one.
 _SAME = 1e-6
 
@@ -69,6 +69,9 @@ class Codebook:
             shape = tuple(getattr(self, name).shape)
             if shape != (len(self.words),):
                 raise ArgumentError(f"{name} have shape {shape}; expected ({len(self.words)},), one for each word")
+        for name, dtype in _ARRAYS.items():
+            if getattr(self, name).dtype != dtype:
+                raise ArgumentError(f"{name} are {getattr(self, name).dtype}; expected {dtype}")
         if not torch.isfinite(self.words).all():
             raise ArgumentError("words hold NaN or infinity; build the codebook anew")
         width = len(self.mean) * self.patch_size[0] * self.patch_size[1]
@@ -158,7 +161,7 @@ class Codebook:
 
     def _write(self, folder: Path) -> None:
         arrays = {name: getattr(self, name).cpu().numpy() for name in _ARRAYS}
-        attributes = {
+        attributes: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "space": self.space,
@@ -198,8 +201,9 @@ class Codebook:
         except Exception as error:
             if "://" not in name and not Path(name).exists():
                 raise CodebookError(f"no codebook at {name}; build one with `vwt build`") from error
-            detail = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CodebookError(f"{name} is no readable codebook ({detail}); build or fetch it anew") from error
+            raise CodebookError(
+                f"{name} is no readable codebook ({first_line(error)}); build or fetch it anew"
+            ) from error
 
     @classmethod
     def _read(cls, source: str | Path, name: str) -> "Codebook":
@@ -254,8 +258,7 @@ class Codebook:
         try:
             words = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle, zip and OS errors alike
-            detail = str(error).splitlines()[0]
-            raise CodebookError(f"{path} is no tensor file that can be loaded safely ({detail})") from error
+            raise CodebookError(f"{path} is no tensor file that can be loaded safely ({first_line(error)})") from error
         if not isinstance(words, Tensor) or words.ndim < 2:
             got = tuple(words.shape) if isinstance(words, Tensor) else type(words).__name__
             raise CodebookError(f"{path} holds {got}; expected one tensor (K, D) of words")
@@ -301,7 +304,7 @@ def _read_array(group: zarr.Group, array: str, checksums: dict[str, str], name: 
     if not isinstance(stored, zarr.Array):
         raise CodebookError(f"{name} is damaged: the array {array!r} is missing; build or fetch it anew")
     values = np.asarray(stored[...])
-    if values.dtype != _ARRAYS[array] or _checksum(values) != checksums.get(array):
+    if torch.from_numpy(values).dtype != _ARRAYS[array] or _checksum(values) != checksums.get(array):
         state = "altered" if stored.nchunks_initialized == stored.nchunks else "missing in part"
         raise CodebookError(f"{name} is damaged: the array {array!r} is {state}; build or fetch it anew")
     return values

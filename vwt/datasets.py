@@ -13,7 +13,7 @@ from timm.data import create_dataset, create_transform, resolve_model_data_confi
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from vwt.errors import DataError
+from vwt.errors import DataError, first_line
 
 # Prefixes by which timm's factory knows a data set that is no folder and no tar file.
 _REMOTE = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
@@ -111,8 +111,9 @@ class ImageSource:
 
     def _filename(self, index: int) -> str:
         reader = getattr(self.dataset, "reader", None)
-        known = reader is not None and not isinstance(self.dataset, IterableDataset)
-        return str(reader.filename(index)) if known else f"image {index}"
+        if reader is None or isinstance(self.dataset, IterableDataset):
+            return f"image {index}"
+        return str(reader.filename(index))
 
 
 class _Decoded(Dataset):
@@ -144,7 +145,7 @@ def _decode(image: Any, transform: Callable[[Any], Any], mode: str) -> Tensor | 
 def _reason(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or empty"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first_line(error)
 
 
 def _open(source: str, split: str, root: str | None) -> Any:
@@ -160,8 +161,7 @@ def _open(source: str, split: str, root: str | None) -> Any:
         dataset = create_dataset(source if remote else "", root=root if remote else source, split=split)
     # The factory's readers raise whatever their library does: assertion, import, network and value errors.
     except Exception as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot read the data set {source}: {detail}") from error
+        raise DataError(f"cannot read the data set {source}: {first_line(error)}") from error
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise DataError(f"no image in {source}")
     return dataset

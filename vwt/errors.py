@@ -30,3 +30,9 @@ class MismatchError(VWTError):
 
 class ModelError(VWTError):
     """A model is unknown, unsupported or without the weights that are needed."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says in one line, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -8,6 +8,8 @@ from vwt.errors import ArgumentError
 
 # Elements of the similarity matrix held at once: 64 MB of float32.
 _BLOCK = 1 << 24
+# Of a cosine in float32: a patch that is a word is within a threshold of 0.
+_ROUNDING = 1e-6
 
 
 def check_threshold(threshold: float) -> None:
@@ -47,4 +49,4 @@ def match(features: Tensor, directions: Tensor, threshold: float) -> Tensor:
         threshold: cosine distance in [0, 2]; a word at exactly this distance matches.
     """
     similarity, index = nearest_words(features, directions)
-    return torch.where(similarity >= 1.0 - threshold, index, -1)
+    return torch.where(similarity >= 1.0 - threshold - _ROUNDING, index, -1)

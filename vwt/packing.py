@@ -78,12 +78,16 @@ def unpack(packed: Packed, prefix: int) -> tuple[Tensor, Tensor]:
 
 
 def packable(blocks: nn.Module) -> bool:
-    """Whether blocks can run on a packed sequence.
+    """Whether a sequence of blocks can run on packed images.
 
-    Not in train mode, where stochastic depth draws for each image, and not with unfused attention, which cannot be
-    told where an image ends.
+    Not in train mode, where stochastic depth draws for each image, and not with attention that is unfused or of an
+    unknown kind, which cannot be told where an image ends.
     """
-    return not blocks.training and all(getattr(module, "fused_attn", True) for module in blocks.modules())
+    return not blocks.training and all(
+        {getattr(module, "fused_attn", None) for module in block.modules()} <= {None, True}
+        and any(hasattr(module, "fused_attn") for module in block.modules())
+        for block in blocks.children()
+    )
 
 
 def run_blocks(blocks: Callable[[Tensor], Tensor], packed: Packed, *, crossing: bool = False) -> Packed:

@@ -55,6 +55,12 @@ class PatchSpec:
                 f"the normalisation of this {type(model).__name__} is unknown; create it with timm.create_model, "
                 "or set model.pretrained_cfg = {'mean': ..., 'std': ...}"
             )
+        channels = patch_embed.proj.in_channels
+        if len(cfg["mean"]) != channels:
+            raise ModelError(
+                f"this {type(model).__name__} takes {channels} channels, but its pretrained_cfg has a mean of "
+                f"{len(cfg['mean'])}; set model.pretrained_cfg['mean'] and ['std'] to those of its images"
+            )
         height, width = patch_embed.patch_size
         name = str(cfg.get("architecture") or type(model).__name__)
         tag = cfg.get("tag")
@@ -126,5 +132,5 @@ def embed(patch_embed: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, in
     output = patch_embed(images)
     if output.ndim == 4:
         return output, (output.shape[1], output.shape[2])
-    rows, columns = patch_embed.dynamic_feat_size(images.shape[-2:])
+    rows, columns = patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator]
     return output, (int(rows), int(columns))

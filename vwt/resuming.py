@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vwt.errors import CodebookError
@@ -32,7 +32,9 @@ def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterat
     folder = target.with_name(target.name + ".building")
     if folder.exists() and not resume:
         if not overwrite:
-            raise CodebookError(f"{folder} holds an interrupted build; go on with --resume, or drop it with --overwrite")
+            raise CodebookError(
+                f"{folder} holds an interrupted build; go on with --resume, or drop it with --overwrite"
+            )
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,11 +61,11 @@ def read_json(path: Path) -> Any:
         raise _damaged(path) from error
 
 
-def open_sample(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A float32 matrix in a file, made with its full size (a disk too small refuses now), or as it was left."""
+def open_sample(path: Path, shape: tuple[int, int], *, begun: bool = False) -> np.memmap:
+    """A float32 matrix in a file: as it was left if begun, else made in full size, so that a small disk refuses now."""
     size = 4 * shape[0] * shape[1]
-    if path.exists():
-        if path.stat().st_size != size:
+    if begun:
+        if not path.exists() or path.stat().st_size != size:
             raise _damaged(path)
     else:
         with open(path, "wb") as file:
@@ -97,9 +99,15 @@ class SavedTensors:
     def save(self, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
         """Replace what was saved."""
         fresh = self.path.with_suffix(".fresh")
-        save_file(tensors, fresh, meta)
+        fresh.write_bytes(save(tensors, meta))
         os.replace(fresh, self.path)
         self.tensors, self.meta = tensors, meta
+
+
+def check_begun(path: Path) -> None:
+    """Raise CodebookError if `path`, which is written first, is missing from a folder that holds anything else."""
+    if not path.exists() and any(other.suffix != ".fresh" for other in path.parent.iterdir()):
+        raise _damaged(path)
 
 
 def _damaged(path: Path) -> CodebookError:

@@ -82,6 +82,8 @@ class InterImage(nn.Module):
     def __init__(self, codebook: Codebook, threshold: float = 0.1) -> None:
         super().__init__()
         check_threshold(threshold)
+        if not isinstance(codebook, Codebook):
+            raise ArgumentError(f"codebook is {type(codebook).__name__}; expected one from vwt.Codebook.load(path)")
         self.codebook, self.threshold, self.space = codebook, threshold, codebook.space
         self.register_buffer("directions", F.normalize(codebook.words, dim=-1), persistent=False)
 

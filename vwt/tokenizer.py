@@ -42,11 +42,11 @@ class VWTokenizer(nn.Module):
         super().__init__()
         if isinstance(model, VWTokenizer):
             raise ArgumentError("the model is wrapped already; wrap its .model with the new strategy")
-        if strategy is not None and not isinstance(strategy, Strategy):
+        if strategy is not None and (isinstance(strategy, type) or not isinstance(strategy, Strategy)):
             raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
         Backbone(model)
-        self.model = model
-        self.strategy = None
+        self.model: Any = model
+        self.strategy: Any = None
         if strategy is not None:
             spec = PatchSpec.of(model)
             self._patch_size = spec.patch_size
@@ -69,7 +69,7 @@ class VWTokenizer(nn.Module):
         """
         backbone = self.backbone
         backbone.check(images)
-        if self.strategy is None:
+        if self.strategy is None or not len(images):
             return self.model.forward_head(self._encode_all(images))
         return backbone.head(*self._encode(images))
 
@@ -83,7 +83,7 @@ class VWTokenizer(nn.Module):
                 first, and their Words.
         """
         self.backbone.check(images)
-        if self.strategy is None and unmerge:
+        if unmerge and (self.strategy is None or not len(images)):
             return self._encode_all(images)
         packed, words = self._encode(images)
         return self.backbone.full(packed, words) if unmerge else (packed, words)
@@ -140,6 +140,6 @@ def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 
 
 def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    names = {name for name, _ in module.model.state_dict(keep_vars=True).items()}  # type: ignore[union-attr, operator]
+    names = {name for name, _ in module.model.state_dict(keep_vars=True).items()}  # type: ignore[union-attr]
     for name in [n for n in state if n.removeprefix(prefix) in names]:
         state[prefix + "model." + name.removeprefix(prefix)] = state.pop(name)

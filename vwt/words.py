@@ -126,4 +126,3 @@ def _sum_rows(values: Tensor, words: Words) -> Tensor:
     index = torch.where(words.group >= 0, words.rows, total)  # one row more, for what is dropped
     sums = values.new_zeros(total + 1, values.shape[-1])
     return sums.index_add(0, index.flatten(), values.flatten(0, 1))[:total]
-

@@ -1,0 +1,41 @@
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import settings
+
+from vwt.backbones import create_model
+
+torch.set_num_threads(1)  # models so small are slower on several, above all where the cores are shared
+settings.register_profile("vwt", deadline=None, derandomize=True)
+settings.load_profile("vwt")
+
+TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real weights, photographs and recorded outputs."""
+    default = Path(__file__).parents[1] / ".." / "shared" / "data"
+    path = Path(os.environ.get("VWT_SHARED") or default).resolve()
+    if not path.is_dir():
+        pytest.skip(f"no shared data at {path}; set VWT_SHARED")
+    return path
+
+
+@pytest.fixture(scope="session")
+def vit_tiny(shared):
+    """The real ViT-Tiny; read only, it serves the whole session."""
+    checkpoint = shared / "models" / f"{TINY}.safetensors"
+    if not checkpoint.is_file():
+        pytest.skip(f"no weights at {checkpoint}")
+    return create_model(TINY, checkpoint)
+
+
+@pytest.fixture
+def small_vit():
+    """A model of 160 x 160 pixels in 10 x 10 patches, with random weights that are always the same."""
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=10).eval()

@@ -1,0 +1,208 @@
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from test_codebook import Trap, bytes_of
+from test_datasets import write_images
+
+import vwt
+from vwt.building import BuildConfig, BuildReport
+from vwt.cli import build_summary, main
+
+PIXEL = {"--model": "test_vit", "--space": "pixel", "--words": "16", "--out": "w.zarr", "--workers": "0"}
+EMBEDDING = PIXEL | {"--space": "embedding", "--checkpoint": "weights.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder with images, the weights of a model, and files that are neither."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 3)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), "weights.safetensors")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.safetensors").write_text("notes")
+    return tmp_path
+
+
+def command(options, source="images", *flags):
+    return ["build", source, "--quiet", *flags, *(word for option in options.items() for word in option)]
+
+
+def run(capsys, arguments):
+    """Exit status, stdout and stderr of a command, and nothing raised but what argparse raises."""
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def one_line(status, out, err):
+    assert (status, out) == (2, "")
+    assert err.startswith("vwt")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("options", "source", "message"),
+    [
+        (PIXEL, "missing", "no such folder or file: missing"),
+        (PIXEL, "empty", "no image|Found 0 images"),
+        (PIXEL, "notes.safetensors", "is a file, but no tar file"),
+        (PIXEL | {"--words": "301"}, "images", "300 patches are fewer than 301 words"),
+        (PIXEL | {"--words": "0"}, "images", "words is 0; expected an integer of at least 1"),
+        (PIXEL | {"--words": "many"}, "images", "argument --words: invalid int value: 'many'"),
+        (PIXEL | {"--threshold": "2.5"}, "images", r"threshold is 2.5; expected a cosine distance in \[0, 2\]"),
+        (PIXEL | {"--threshold": "-0.1"}, "images", r"threshold is -0.1"),
+        (PIXEL | {"--threshold": "nan"}, "images", "threshold is nan"),
+        (PIXEL | {"--seed": "4294967296"}, "images", "seed is 4294967296"),
+        (PIXEL | {"--iterations": "0"}, "images", "iterations is 0"),
+        (PIXEL | {"--workers": "-1"}, "images", "workers is -1"),
+        (PIXEL | {"--space": "sound"}, "images", "argument --space: invalid choice: 'sound'"),
+        (PIXEL | {"--backend": "abacus"}, "images", "argument --backend: invalid choice: 'abacus'"),
+        (PIXEL | {"--colour": "red"}, "images", "unrecognized arguments: --colour red"),
+        (PIXEL | {"--out": "notes.safetensors"}, "images", "notes.safetensors exists; choose another name"),
+        (PIXEL | {"--out": "notes.safetensors/w.zarr"}, "images", "could not write"),
+        (PIXEL | {"--model": "vit_of_the_future"}, "images", r"has no model 'vit_of_the_future'; see timm.list_models"),
+        (PIXEL | {"--model": "test_vit.of_the_future"}, "images", "test_vit.of_the_future"),
+        (PIXEL | {"--model": "test_resnet"}, "images", "ResNet has no patch embedding"),
+        (EMBEDDING | {"--checkpoint": "missing.pt"}, "images", "no checkpoint file at missing.pt"),
+        (EMBEDDING | {"--checkpoint": "images"}, "images", "no checkpoint file at images"),
+        (EMBEDDING | {"--model": "test_vit2"}, "images", "weights.safetensors holds no weights for test_vit2"),
+        (
+            EMBEDDING | {"--checkpoint": "notes.safetensors"},
+            "images",
+            "notes.safetensors holds no weights for test_vit",
+        ),
+    ],
+)
+def test_error_is_one_line(capsys, folder, options, source, message):
+    before = bytes_of(folder)
+    assert re.search(message, one_line(*run(capsys, command(options, source))))
+    assert bytes_of(folder) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["bake"], ["build"], ["build", "images", "--out", "w.zarr"]])
+def test_wrong_call_is_one_line(capsys, arguments):
+    assert "--help" in one_line(*run(capsys, arguments))
+
+
+def test_weights_that_would_run_code(capsys, folder):
+    torch.save(Trap(), folder / "trap.pt")
+    line = one_line(*run(capsys, command(EMBEDDING | {"--checkpoint": "trap.pt"})))
+    assert "trap.pt holds no weights for test_vit" in line
+    assert not (folder / "sprung").exists()
+
+
+def test_weights_out_of_reach():
+    """In a process of its own, since the hub's library reads the environment once."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": os.path.abspath("empty")}
+    arguments = command(PIXEL | {"--space": "embedding"})
+    process = subprocess.run(
+        [sys.executable, "-m", "vwt.cli", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    line = one_line(process.returncode, process.stdout, process.stderr)
+    assert re.search(r"no pretrained weights for test_vit: .*\(--checkpoint\)", line)
+
+
+def test_strict_stops_at_an_unreadable_image(capsys, folder):
+    (folder / "images" / "b" / "001.jpg").write_bytes(b"")
+    line = one_line(*run(capsys, command(PIXEL, "images", "--strict")))
+    assert "cannot read b/001.jpg: not an image, or empty" in line
+    assert not (folder / "w.zarr").exists()
+
+
+def test_weights_that_are_not_finite(capsys, folder):
+    model = timm.create_model("test_vit")
+    model.patch_embed.proj.weight.data.fill_(torch.nan)
+    save_file(model.state_dict(), folder / "weights.safetensors")
+    assert "NaN or infinity in the patches" in one_line(*run(capsys, command(EMBEDDING)))
+
+
+def test_codebook_is_made_and_summed_up(capsys, folder):
+    (folder / "images" / "b" / "001.jpg").write_bytes(b"")
+    status, out, err = run(capsys, command(EMBEDDING))
+    assert (status, err) == (0, "")
+    images, skipped, patches, words, distance, matched, seconds, path = out.splitlines()
+    assert images == "images    2 read, 1 skipped"
+    assert skipped.split() == ["skipped", "b/001.jpg:", "not", "an", "image,", "or", "empty"]
+    assert patches == "patches   200 seen, 200 sampled"
+    assert words == "words     16, 16 effective (0 empty, 0 duplicate)"
+    assert re.fullmatch(r"distance  0\.\d{4} mean cosine distance to the nearest word", distance)
+    assert re.fullmatch(r"matched   \d+\.\d % of patches within 0.1", matched)
+    assert re.fullmatch(r"seconds   \d+\.\d \(.*(decode|cluster) \d+\.\d.*\)", seconds)
+    assert path == "w.zarr"
+    assert len(vwt.Codebook.load("w.zarr")) == 16
+
+
+def test_progress_is_shown_unless_quiet(capsys):
+    arguments = command(PIXEL)
+    arguments.remove("--quiet")
+    status, _, err = run(capsys, arguments)
+    assert status == 0
+    assert all(part in err for part in ("sample", "cluster", "count", "img/s"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--euclidean"]])
+@pytest.mark.parametrize("backend", ["faiss", "sklearn"])
+def test_options_reach_the_codebook(capsys, flags, backend):
+    options = EMBEDDING | {"--backend": backend, "--seed": "7", "--out": "w.zarr.zip"}
+    assert run(capsys, command(options, "images", *flags))[0] == 0
+    clustering = vwt.Codebook.load("w.zarr.zip").provenance["clustering"]
+    assert (clustering["backend"], clustering["seed"], clustering["spherical"]) == (backend, 7, not flags)
+
+
+def test_pixel_codebook_needs_no_weights_and_does_not_depend_on_them(capsys, folder, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert run(capsys, command(PIXEL | {"--out": f"{seed}.zarr"}))[0] == 0
+    assert bytes_of(folder / "1.zarr") == bytes_of(folder / "2.zarr")
+
+
+def test_overwrite_replaces_what_is_there(capsys):
+    for options, flags, expected in ((PIXEL, [], 0), (EMBEDDING, [], 2), (EMBEDDING, ["--overwrite"], 0)):
+        assert run(capsys, command(options, "images", *flags))[0] == expected
+    assert vwt.Codebook.load("w.zarr").space == "embedding"
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_interrupt_is_one_line_with_the_way_on(capsys, monkeypatch):
+    monkeypatch.setattr("vwt.cli.run_build", interrupted)
+    status, out, err = run(capsys, command(PIXEL))
+    assert (status, out, err.strip()) == (130, "", "vwt: interrupted; go on with --resume")
+
+
+def test_interrupted_build_goes_on_only_with_resume(capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("vwt.building._count_batch", interrupted)
+        assert run(capsys, command(PIXEL))[0] == 130
+    assert "go on with --resume, or drop it with --overwrite" in one_line(*run(capsys, command(PIXEL)))
+    assert run(capsys, command(PIXEL, "images", "--resume"))[0] == 0
+
+
+def test_bug_is_not_hidden(monkeypatch):
+    """Only what a user can cause becomes a line; anything else keeps its traceback."""
+    monkeypatch.setattr("vwt.cli.run_build", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(command(PIXEL))
+
+
+def test_summary_names_ten_skipped_images_and_counts_the_others():
+    report = BuildReport(images=3, skipped={f"{index}.jpg": "empty" for index in range(14)}, patches=300)
+    lines = build_summary(report, BuildConfig()).splitlines()
+    assert lines[0] == "images    3 read, 14 skipped"
+    assert [line.split()[1] for line in lines[1:11]] == [f"{index}.jpg:" for index in range(10)]
+    assert lines[11].strip() == "... and 4 more"
+    assert lines[12].startswith("patches")

@@ -1,0 +1,101 @@
+"""Equal to the outputs recorded of an independent implementation, see ../shared/data/README.md."""
+
+import numpy as np
+import pytest
+import torch
+
+from vwt import Codebook, InterImage, IntraImage, VWTokenizer
+from vwt.patches import PatchSpec
+from vwt.words import merge
+
+INTER = {
+    "inter_pixel_t010": ("pixel", 0.10),
+    "inter_pixel_t030": ("pixel", 0.30),
+    "inter_embedding_t020": ("embedding", 0.20),
+}
+INTRA = {"intra_k147": 0.25, "intra_k131": 0.33, "intra_k98": 0.5}
+CLOSE = {"atol": 1e-4, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def recorded(shared):
+    path = shared / "reference" / "vwt_reference.npz"
+    if not path.is_file():
+        pytest.skip(f"no recorded outputs at {path}")
+    with np.load(path) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+@pytest.fixture(scope="module")
+def images(recorded):
+    return ((recorded["images"].permute(0, 3, 1, 2) / 255 - 0.5) / 0.5).contiguous()
+
+
+def make_fast(vit_tiny, recorded, variant):
+    if variant in INTRA:
+        return VWTokenizer(vit_tiny, IntraImage(INTRA[variant]))
+    space, threshold = INTER[variant]
+    spec, words = PatchSpec.of(vit_tiny), recorded[f"words_{space}"]
+    count = torch.zeros(len(words), dtype=torch.int64)
+    projection = spec.projection if space == "embedding" else {}
+    codebook = Codebook(words, count, count, space, spec.patch_size, spec.mean, spec.std, projection)
+    return VWTokenizer(vit_tiny, InterImage(codebook, threshold))
+
+
+def by_first_appearance(labels):
+    """The same partition, its groups numbered in the order in which row-major reading meets them."""
+    numbers = {}
+    return [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 8])
+def test_full_model(vit_tiny, recorded, images, batch):
+    logits = torch.cat([VWTokenizer(vit_tiny)(part) for part in images.split(batch)])
+    torch.testing.assert_close(logits, recorded["logits_full"], **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("variant", [*INTER, *INTRA])
+def test_logits(vit_tiny, recorded, images, variant, batch):
+    fast = make_fast(vit_tiny, recorded, variant)
+    logits = torch.cat([fast(part) for part in images.split(batch)])
+    torch.testing.assert_close(logits, recorded[f"{variant}_logits"], **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("variant", INTER)
+def test_partitions_and_counts(vit_tiny, recorded, images, variant, batch):
+    fast = make_fast(vit_tiny, recorded, variant)
+    words = [fast.tokenize(part) for part in images.split(batch)]
+    assert torch.equal(torch.cat([part.counts for part in words]), recorded[f"{variant}_counts"])
+    groups = torch.cat([part.group for part in words]).tolist()
+    assert groups == [by_first_appearance(labels) for labels in recorded[f"{variant}_labels"]]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("variant", INTRA)
+def test_kept_patches(vit_tiny, recorded, images, variant, batch):
+    fast = make_fast(vit_tiny, recorded, variant)
+    groups = torch.cat([fast.tokenize(part).group for part in images.split(batch)])
+    kept = [(group >= 0).nonzero().flatten().tolist() for group in groups]
+    assert kept == recorded[f"{variant}_kept"].tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("variant", ["inter_pixel_t010", "inter_pixel_t030"])
+def test_tokens(vit_tiny, recorded, images, variant):
+    """Class token and means of the groups, position included."""
+    fast = make_fast(vit_tiny, recorded, variant)
+    words = fast.tokenize(images[:1])
+    _, tokens, _ = fast.backbone.embed(images[:1])
+    merged = merge(tokens[:, 1:], words)
+    labels = recorded[f"{variant}_labels"][0]
+    first = [words.group[0].tolist().index(token) for token in range(len(merged))]
+    expected = recorded[f"{variant}_tokens0"]
+    torch.testing.assert_close(tokens[0, 0], expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(merged, expected[1 + labels[first]], atol=1e-5, rtol=0)
+    assert sorted(labels[first].tolist()) == list(range(len(expected) - 1))

@@ -1,0 +1,154 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vwt.words import fill, group_words, keep_patches, merge, unmerge
+
+ROWS, COLUMNS, LABELS = 3, 4, 5
+PATCHES = ROWS * COLUMNS
+label = st.integers(-1, LABELS - 1)
+batches = st.lists(st.lists(label, min_size=PATCHES, max_size=PATCHES), min_size=1, max_size=4)
+kept_batches = st.integers(1, PATCHES).flatmap(
+    lambda n: st.lists(st.sets(st.integers(0, PATCHES - 1), min_size=n, max_size=n).map(sorted), min_size=1, max_size=4)
+)
+
+
+def grouped(labels):
+    return group_words(torch.tensor(labels), LABELS, (ROWS, COLUMNS))
+
+
+def tokens_of(words, channels=7, dtype=torch.float32):
+    batch, patches = words.group.shape
+    return torch.randn(batch, patches, channels, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def slow_groups(labels):
+    """Number the labels of one image in order of first appearance; -1 is new each time."""
+    numbers, group = {}, []
+    for position, one in enumerate(labels):
+        key = ("alone", position) if one < 0 else one
+        group.append(numbers.setdefault(key, len(numbers)))
+    return group
+
+
+def slow_merge(tokens, words):
+    """Every token of every image, one at a time."""
+    merged = []
+    for image, group, weight, count in zip(tokens, words.group, words.weight, words.counts.tolist(), strict=True):
+        for token in range(count):
+            merged.append(sum(weight[n] * image[n] for n in range(len(group)) if group[n] == token))
+    return torch.stack(merged)
+
+
+def slow_fill(group, columns):
+    """The nearest kept patch of each patch, the first in row-major order where several are as near."""
+    kept = [n for n, token in enumerate(group) if token >= 0]
+
+    def distance(a, b):
+        return (a // columns - b // columns) ** 2 + (a % columns - b % columns) ** 2
+
+    return [group[min(kept, key=lambda other: (distance(n, other), other))] for n in range(len(group))]
+
+
+@given(batches)
+def test_groups_equal_a_loop(labels):
+    words = grouped(labels)
+    expected = [slow_groups(image) for image in labels]
+    assert words.group.tolist() == expected
+    assert words.lengths == tuple(words.counts.tolist()) == tuple(max(group) + 1 for group in expected)
+    assert words.sizes.tolist() == [group.count(n) for group in expected for n in range(max(group) + 1)]
+    assert words.grid == (ROWS, COLUMNS)
+
+
+@given(batches)
+def test_weights_sum_to_one_over_each_token(labels):
+    words = grouped(labels)
+    assert words.weight.dtype == torch.float32
+    torch.testing.assert_close(merge(torch.ones(len(labels), PATCHES, 1), words), torch.ones(sum(words.lengths), 1))
+
+
+@given(batches)
+def test_merge_equals_a_loop(labels):
+    words = grouped(labels)
+    tokens = tokens_of(words)
+    torch.testing.assert_close(merge(tokens, words), slow_merge(tokens, words))
+
+
+@given(batches)
+def test_every_patch_takes_the_value_of_its_token(labels):
+    words = grouped(labels)
+    merged = merge(tokens_of(words), words)
+    images = merged.split(words.lengths)
+    expected = torch.stack([image[group] for image, group in zip(images, words.group, strict=True)])
+    assert torch.equal(unmerge(merged, words), expected)
+
+
+@given(st.lists(st.permutations(range(PATCHES)), min_size=1, max_size=3), st.integers(0, PATCHES))
+def test_unmerge_undoes_merge_where_every_group_has_one_member(permutations, alone):
+    labels = torch.tensor(permutations)
+    words = group_words(labels.masked_fill(labels < alone, -1), PATCHES, (ROWS, COLUMNS))
+    tokens = tokens_of(words)
+    assert torch.equal(unmerge(merge(tokens, words), words), tokens)
+
+
+@given(kept_batches)
+def test_kept_patches_are_tokens_as_they_are(kept):
+    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS))
+    tokens = tokens_of(words)
+    assert torch.equal(merge(tokens, words), torch.cat([image[n] for image, n in zip(tokens, kept, strict=True)]))
+    assert words.lengths == tuple(words.counts.tolist()) == (len(kept[0]),) * len(kept)
+    assert (words.group < 0).sum().item() == sum(PATCHES - len(image) for image in kept)
+    assert torch.equal(words.weight, (words.group >= 0).float())
+
+
+@given(kept_batches)
+def test_dropped_patches_take_the_value_of_the_nearest_kept_one(kept):
+    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS))
+    filled = fill(words)
+    assert filled.group.tolist() == [slow_fill(group, COLUMNS) for group in words.group.tolist()]
+    assert filled.sizes.sum().item() == PATCHES * len(kept)
+    merged = merge(tokens_of(words), words)
+    assert torch.equal(unmerge(merged, words), unmerge(merged, filled))
+
+
+@given(batches)
+def test_batch_mates_do_not_matter(labels):
+    words = grouped(labels)
+    tokens = tokens_of(words)
+    for image, merged in enumerate(merge(tokens, words).split(words.lengths)):
+        alone = grouped(labels[image : image + 1])
+        assert torch.equal(words.group[image : image + 1], alone.group)
+        assert torch.equal(merged, merge(tokens[image : image + 1], alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lower_precisions_are_summed_in_float32(dtype):
+    words = group_words(torch.zeros(1, 10_000, dtype=torch.int64), 1, (100, 100))
+    tokens = tokens_of(words, dtype=dtype) + 1
+    merged = merge(tokens, words)
+    assert merged.dtype == dtype
+    assert torch.equal(merged, merge(tokens.float(), words).to(dtype))
+    assert unmerge(merged, words).dtype == dtype
+
+
+def test_the_gradient_flows():
+    words = grouped([[0, 1, -1] * 4, [2, 2, 0] * 4])
+    tokens = tokens_of(words, 2, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: unmerge(merge(t, words), words), tokens)
+
+
+def test_the_same_twice():
+    labels = torch.randint(-1, 50, (4, 400), generator=torch.Generator().manual_seed(0))
+    first, second = (group_words(labels, 50, (20, 20)) for _ in range(2))
+    tokens = tokens_of(first)
+    assert torch.equal(first.group, second.group)
+    assert torch.equal(merge(tokens, first), merge(tokens, second))
+
+
+def test_no_images():
+    words = group_words(torch.zeros(0, PATCHES, dtype=torch.int64), LABELS, (ROWS, COLUMNS))
+    assert words.lengths == ()
+    merged = merge(torch.zeros(0, PATCHES, 7), words)
+    assert merged.shape == (0, 7)
+    assert unmerge(merged, words).shape == (0, PATCHES, 7)
