@@ -215,14 +215,23 @@ def test_twins_point_the_way_of_an_earlier_word():
     assert duplicate_words(directions).nonzero().flatten().tolist() == sorted(twins)
 
 
+@pytest.fixture
+def four_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("four_threads")
 def test_model_and_threads_are_left_as_they_were(images, small_vit):
-    state, threads = {name: t.clone() for name, t in small_vit.state_dict().items()}, torch.get_num_threads()
+    state = {name: t.clone() for name, t in small_vit.state_dict().items()}
     attributes = set(vars(small_vit))
     build(images, small_vit.train())
     assert small_vit.training
     assert set(vars(small_vit)) == attributes
     assert all(torch.equal(t, state[name]) for name, t in small_vit.state_dict().items())
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 4
 
 
 def test_model_of_low_precision(images, small_vit):
@@ -280,15 +289,15 @@ def test_as_many_words_as_patches(images, small_vit):
     assert report.distance < 0.01
 
 
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite(images, small_vit, value):
-    threads = torch.get_num_threads()
     small_vit.patch_embed.proj.weight.data[5, 1] = value
     with pytest.raises(
         DataError, match=r"NaN or infinity in the patches of image 0 .*are the model's weights finite\?"
     ):
         build(images, small_vit)
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 4
 
 
 def test_sources_and_models_that_are_none(images, small_vit, tmp_path):

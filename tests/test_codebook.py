@@ -138,23 +138,22 @@ def test_existing_path_is_overwritten_on_demand(tmp_path, name, found):
 
 @pytest.mark.parametrize(
     ("name", "culprit"),
-    [*itertools.product(NAMES, ["write", "first rename"]), ("w.zarr", "second rename")],  # a file needs one rename only
+    [*itertools.product(NAMES, ["write", "move in"]), ("w.zarr", "move aside")],  # a file is replaced as it is
 )
 def test_full_disk_leaves_the_old_codebook_and_nothing_else(tmp_path, monkeypatch, name, culprit):
-    path, rename, refused = tmp_path / name, os.replace, []
+    path, write, rename = tmp_path / name, Codebook._write, os.replace
     codebook().save(path)
 
-    def full(*arguments):
-        refused.append(arguments)
-        if culprit == "second rename" and len(refused) != 2:
-            return rename(*arguments)
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def half_full(source, target):
+        moves = {"move aside": source == path, "move in": target == path and source.name.startswith("codebook.zarr")}
+        return full() if moves.get(culprit) else rename(source, target)
+
+    monkeypatch.setattr(os, "replace", half_full)
     if culprit == "write":
-        write = Codebook._write
-        monkeypatch.setattr(Codebook, "_write", lambda self, folder: (write(self, folder), full()))
-    else:
-        monkeypatch.setattr(os, "replace", full)
+        monkeypatch.setattr(Codebook, "_write", lambda self, folder: full(write(self, folder)))
     with pytest.raises(CodebookError, match=r"could not write .*No space left on device; nothing was changed"):
         codebook(seed=1).save(path, overwrite=True)
     assert_same(Codebook.load(path), codebook())

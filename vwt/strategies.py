@@ -57,7 +57,8 @@ class IntraImage(nn.Module):
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Words:
         """Normalised pixel patches (B, N, C·ph·pw) to Words of max(1, int(N · (1 - drop))) tokens an image."""
         count = max(1, int(features.shape[1] * (1 - self.drop) + 1e-9))
-        score = features.float().var(dim=-1)
+        centred = features.float() - features.float().mean(dim=-1, keepdim=True)
+        score = centred.square().sum(dim=-1)  # the variance, times one less than the number of pixel values
         return keep_patches(score.topk(count, dim=1).indices.sort(dim=1).values, grid)
 
     def extra_repr(self) -> str:
