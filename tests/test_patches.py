@@ -81,6 +81,15 @@ def test_spec_refuses_a_model_without_patches():
         PatchSpec.of(timm.create_model("test_resnet"))
 
 
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "pit_ti_224", "pvt_v2_b0", "vit_tiny_r_s16_p8_224"])
+def test_spec_refuses_patches_that_overlap_or_are_no_pixels(name):
+    """Stacked or overlapping convolutions, and those over another network's features."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ModelError, match="projection"):
+        PatchSpec.of(model)
+
+
 def test_spec_refuses_a_model_of_unknown_normalisation(small_vit):
     small_vit.pretrained_cfg = {}
     with pytest.raises(ModelError, match=r"normalisation.*unknown"):

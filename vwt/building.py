@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vwt.clustering import StreamingKMeans, kmeans, reservoir_slots
-from vwt.codebook import Codebook
+from vwt.codebook import Codebook, check_free
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, CodebookError, DataError
 from vwt.features import FeatureStream
@@ -34,8 +34,8 @@ from vwt.resuming import SavedTensors, check_begun, open_sample, read_json, work
 
 Backend = Literal["faiss", "sklearn"]
 BACKENDS: tuple[Backend, ...] = ("faiss", "sklearn")
-# faiss asks for at most this many points a centre ...
-_PATCHES_PER_WORD = (40, 256)
+# faiss asks for at least 40 points a centre, and takes up to 256; little is gained above 200 ...
+_PATCHES_PER_WORD = (40, 200)
 # ... of which as many are taken as fit into this, in bytes.
 _SAMPLE_BYTES = 256 << 20
 _BATCH = 32  # images
@@ -167,8 +167,8 @@ def run_build(
     spec = PatchSpec.of(model)
     stream = ImageSource(source, model, split=config.split, root=root)
     target = Path(out) if out is not None else None
-    if target is not None and target.exists() and not overwrite:
-        raise CodebookError(f"{target} exists; choose another name, or overwrite it (--overwrite)")
+    if target is not None:
+        check_free(target, overwrite=overwrite)
     if workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
     if workers < 0:

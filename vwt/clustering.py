@@ -61,6 +61,7 @@ def kmeans(
     subset = sample[:0]
     for iteration, size in list(enumerate(subset_sizes(len(sample), words, iterations)))[done:]:
         if size != len(subset):
+            del subset  # before the next one is made
             subset = sample if size == len(sample) else sample[np.sort(order[:size])]
         step = faiss.Kmeans(
             sample.shape[1],

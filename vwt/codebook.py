@@ -142,8 +142,7 @@ class Codebook:
             CodebookError: if `path` exists and `overwrite` is False, or the disk refuses.
         """
         path = Path(path)
-        if path.exists() and not overwrite:
-            raise CodebookError(f"{path} exists; choose another name, or overwrite it (--overwrite)")
+        check_free(path, overwrite=overwrite)
         channels = len(self.mean)
         stored = self.normalised((0.0,) * channels, (1.0,) * channels) if self.space == "pixel" else self
         try:
@@ -276,9 +275,20 @@ class Codebook:
         )
 
 
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise CodebookError unless a codebook may be written to `path`: nothing is there, or a codebook to overwrite."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CodebookError(f"{path} exists; choose another name, or overwrite it (--overwrite)")
+    if not (path / "zarr.json").is_file() and not (path.is_file() and zipfile.is_zipfile(path)):
+        raise CodebookError(f"{path} is no codebook, and only a codebook is overwritten; choose another name")
+
+
 def _agree(mine: dict[str, str], theirs: dict[str, str]) -> bool:
-    """Whether two sets of checksums by dtype share one."""
-    return any(theirs.get(dtype) == checksum for dtype, checksum in mine.items())
+    """Whether two sets of checksums by dtype agree in the highest precision that both have."""
+    common = [dtype for dtype in ("float64", "float32", "float16", "bfloat16") if dtype in mine and dtype in theirs]
+    return bool(common) and mine[common[0]] == theirs[common[0]]
 
 
 def _checksum(array: np.ndarray) -> str:

@@ -56,6 +56,9 @@ class ImageSource:
         self.source = str(source)
         self.dataset = _open(self.source, split, root)
         config = resolve_model_data_config(model)
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if size is not None:  # the model may have been made for another size than its weights
+            config["input_size"] = (config["input_size"][0], *size)
         self.input_size: tuple[int, ...] = config["input_size"]
         self.transform = create_transform(**config, is_training=False, use_prefetcher=True)
         self.mode = {1: "L", 3: "RGB"}.get(self.input_size[0], "RGB")

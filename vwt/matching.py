@@ -6,8 +6,8 @@ from torch import Tensor
 
 from vwt.errors import ArgumentError
 
-# Elements of the similarity matrix held at once: 64 MB of float32.
-_BLOCK = 1 << 24
+# Elements of the similarity matrix held at once: 8 MB of float32.
+_BLOCK = 1 << 21
 # Of a cosine in float32: a patch that is a word is within a threshold of 0.
 _ROUNDING = 1e-6
 

@@ -55,13 +55,21 @@ class PatchSpec:
                 f"the normalisation of this {type(model).__name__} is unknown; create it with timm.create_model, "
                 "or set model.pretrained_cfg = {'mean': ..., 'std': ...}"
             )
-        channels = patch_embed.proj.in_channels
+        proj, size = getattr(patch_embed, "proj", None), patch_embed.patch_size
+        patch_size = size if isinstance(size, tuple) else (size, size)
+        plain = isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride == patch_size
+        if not plain or hasattr(patch_embed, "backbone"):
+            raise ModelError(
+                f"the patch projection of this {type(model).__name__} ({type(patch_embed).__name__}) is no plain "
+                "convolution over pixels, one patch a step; visual words need one, as in VisionTransformer"
+            )
+        channels = proj.in_channels  # type: ignore[union-attr]
         if len(cfg["mean"]) != channels:
             raise ModelError(
                 f"this {type(model).__name__} takes {channels} channels, but its pretrained_cfg has a mean of "
                 f"{len(cfg['mean'])}; set model.pretrained_cfg['mean'] and ['std'] to those of its images"
             )
-        height, width = patch_embed.patch_size
+        height, width = patch_size
         name = str(cfg.get("architecture") or type(model).__name__)
         tag = cfg.get("tag")
         return cls(

@@ -127,8 +127,8 @@ class VWTokenizer(nn.Module):
             value = getattr(self.model, name)
             if callable(value) and not isinstance(value, nn.Module) and name not in _DELEGATED:
                 raise AttributeError(
-                    f"VWTokenizer has no {name!r}; the model's own, {type(self.model).__name__}.{name}, sees all "
-                    "tokens: call it as .model." + name
+                    f"VWTokenizer does not pass on {name!r}: the model's own {type(self.model).__name__}.{name} knows "
+                    f"nothing of reduced tokens; where that is meant, call it as .model.{name}"
                 ) from None
             return value
 
