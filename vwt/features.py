@@ -12,7 +12,7 @@ from vwt.datasets import Batch, ImageSource
 from vwt.errors import DataError
 from vwt.patches import PatchSpec, Space, embed, normalise, patchify
 
-_BATCH = 32  # images
+_BATCH = 4  # images; larger ones are no faster, and leave holes in the heap that make memory grow
 
 
 class Stopwatch:
