@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import vwt.matching
 from vwt.errors import ArgumentError
-from vwt.matching import check_threshold, match, nearest_words
+from vwt.matching import WordIndex, check_threshold, nearest_words
 
 # Unit vectors of four dimensions whose cosines are multiples of 1/4: floats hold them exactly, and ties abound.
 UNITS = [*torch.eye(4).tolist(), *(-torch.eye(4)).tolist(), *(torch.tensor([*product((-0.5, 0.5), repeat=4)]).tolist())]
@@ -24,8 +24,12 @@ def cosine(patch, word):
     return dot / length if length else 0.0
 
 
+def match(features, words, threshold):
+    return WordIndex(words)(features, threshold)
+
+
 def slow_match(features, words, threshold):
-    """What the docstring of `match` says, one patch and one word at a time."""
+    """What the docstring of `WordIndex.forward` says, one patch and one word at a time."""
     result = []
     for patch in features:
         best, distance = -1, threshold
@@ -114,3 +118,105 @@ def test_thresholds_in_range(threshold):
 def test_thresholds_out_of_range(threshold):
     with pytest.raises(ArgumentError, match=rf"threshold is {threshold}; .*\[0, 2\]"):
         check_threshold(threshold)
+
+
+# -- the index, against all pairs in float64 ---------------------------------------------------------------------------
+
+
+def compare_all(features, words, threshold):
+    cosines = F.normalize(features.float(), dim=-1).double() @ F.normalize(words, dim=-1).double().mT
+    best = cosines.amax(-1)
+    index = (cosines >= best[..., None] - 1e-13).int().argmax(-1)  # of equal cosines the first
+    return torch.where(best >= 1 - threshold - 1e-6, index, -1)
+
+
+def make_words(kind, count, width, seed=0):
+    """Words as hard to tell apart as they get."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randn(count, width, generator=generator)
+    common = torch.randn(1, width, generator=generator)
+    if kind == "in a narrow cone":
+        words = common + 0.05 * words
+    if kind == "nearly equal":
+        words = common + 1e-3 * words
+    if kind == "in few directions":
+        words = words[:, :5] @ torch.randn(5, width, generator=generator)
+    if kind == "with twins":
+        words[3 * count // 4 :] = words[: count - 3 * count // 4]
+    if kind == "of falling variance":  # as patches have it
+        words = words * torch.arange(1, width + 1) ** -1.0 + 0.1 * common
+    return words
+
+
+KINDS = ["scattered", "in a narrow cone", "nearly equal", "in few directions", "with twins", "of falling variance"]
+
+
+@pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [192, 300], ids=["short", "long"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_index_equals_all_pairs(kind, width, bfloat16, monkeypatch):
+    monkeypatch.setattr("vwt.matching._bfloat16_is_faster", lambda: bfloat16)
+    words = make_words(kind, 700, width)
+    index = WordIndex(words)
+    assert index.sketched
+    noise = torch.randn(700, width, generator=torch.Generator().manual_seed(1)) * words.std()
+    strength = torch.linspace(0, 0.7, 700)[:, None]
+    features = 3 * torch.cat([words + strength * noise, -words[:9], noise[:9], torch.zeros(2, width)])
+    for threshold in (0.0, 0.03, 0.1, 0.3, 0.5, 1.0, 2.0):
+        assert torch.equal(index(features, threshold), compare_all(features, words, threshold)), threshold
+
+
+@given(st.integers(0, 10_000), st.sampled_from(KINDS), st.floats(0, 0.5), st.floats(0, 1))
+def test_index_equals_all_pairs_whatever_the_patches(seed, kind, threshold, strength):
+    words = make_words(kind, 420, 128, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    chosen = torch.randint(420, (30,), generator=generator)
+    features = words[chosen] + strength * words.std() * torch.randn(30, 128, generator=generator)
+    assert torch.equal(WordIndex(words)(features, threshold), compare_all(features, words, threshold))
+
+
+def test_index_in_blocks_of_patches(monkeypatch):
+    words = make_words("of falling variance", 700, 300)
+    features = words + 0.01 * words.flip(0)
+    whole = WordIndex(words)(features.view(7, 100, 300), 0.2)
+    monkeypatch.setattr("vwt.matching._BLOCK", 3000)  # 4 patches, or 10 pairs, at once
+    assert torch.equal(WordIndex(words)(features.view(7, 100, 300), 0.2), whole)
+
+
+def test_index_of_equal_words_and_of_one():
+    for count in (1, 500, 1000):
+        words = make_words("scattered", 1, 192).repeat(count, 1)
+        index = WordIndex(words)
+        assert len(index.directions) == 1
+        features = torch.cat([words[:3] * 5, -words[:3]])
+        assert index(features, 0.1).tolist() == [0] * len(words[:3]) + [-1] * len(words[:3])
+
+
+def test_twins_have_the_lower_id():
+    words = make_words("scattered", 900, 192)
+    words[300], words[800] = words[17], words[20]
+    index = WordIndex(words)
+    assert len(index.directions) == 898
+    assert index(words, 0.1).tolist() == [{300: 17, 800: 20}.get(word, word) for word in range(900)]
+
+
+def test_index_of_patches_that_are_no_numbers():
+    words = make_words("of falling variance", 700, 300)
+    features = words[:4].clone()
+    features[1, 7], features[2, 0] = torch.nan, torch.inf
+    assert WordIndex(words)(features, 0.1).tolist() == [0, -1, -1, 3]
+
+
+def test_most_pairs_are_ruled_out(monkeypatch):
+    """What makes it fast: few pairs are compared in full."""
+    pairs = []
+    settle = WordIndex._settle
+    monkeypatch.setattr(
+        WordIndex,
+        "_settle",
+        lambda self, patches, owner, *rest: pairs.append(len(owner)) or settle(self, patches, owner, *rest),
+    )
+    for width in (192, 300):
+        words = make_words("of falling variance", 2000, width)
+        WordIndex(words)(words[:100] + 0.1 * words[100:200], 0.1)
+    assert max(pairs) < 100 * 2000 / 50

@@ -138,14 +138,14 @@ def test_inter_refuses_what_is_no_codebook(codebook):
 )
 def test_words_stay_float32(cast):
     strategy = InterImage(make_codebook(torch.randn(9, 12, generator=seeded())))
-    before = strategy.directions.clone()
-    directions = cast(torch.nn.Sequential(strategy))[0].directions
+    before = strategy.index.directions.clone()
+    directions = cast(torch.nn.Sequential(strategy))[0].index.directions
     assert directions.dtype == torch.float32
     assert torch.equal(directions, before)
 
 
 def test_words_follow_to_a_device():
-    assert InterImage(make_codebook(torch.ones(1, 12))).to("meta").directions.is_meta
+    assert InterImage(make_codebook(torch.ones(1, 12))).to("meta").index.directions.is_meta
 
 
 def test_words_are_no_part_of_the_state_dict():

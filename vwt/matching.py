@@ -1,15 +1,38 @@
-"""The nearest visual word of each patch, within a threshold of cosine distance."""
+"""The nearest visual word of each patch, within a threshold of cosine distance: exact, and fast on a CPU.
+
+A word matters only if it is within the threshold, and nearer than the best word known. So most pairs of a patch and a
+word are ruled out by an upper bound on their cosine. With patches p and words w of unit length, split in the first m
+principal directions of the words (p1, w1) and what is left (p2, w2),
+
+    cos = p1·w1 + p2·w2 <= p1·w1 + |p2| |w2|                                                   (Cauchy and Schwarz)
+
+is one matrix product of sketches (p1, |p2|) and (w1, |w2|), which are much shorter than the patches. The few pairs
+that are left are compared in full.
+"""
+
+import functools
+import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vwt.errors import ArgumentError
 
-# Elements of the similarity matrix held at once: 8 MB of float32.
+# Elements of the similarity matrix held at once: 8 MB of float32, or 4 MB of bfloat16.
 _BLOCK = 1 << 21
 # Of a cosine in float32: a patch that is a word is within a threshold of 0.
 _ROUNDING = 1e-6
+# What sums of float32 products may be off by; pairs this close are compared in float64.
+_SLACK = 1e-5
+# Principal directions of the sketches, which have two columns more: of short words, and of long ones in two steps.
+_SHORT, _COARSE, _FINE = 46, 62, 126
+_TILE = 64  # words whose bounds are looked at together
+# Below so many words, or above such a threshold, ruling pairs out costs more than comparing them.
+_FEW_WORDS, _FAR = 400, 0.5
+# Nor does fetching one pair at a time pay where more than this part of them is left.
+_MANY = 64
 
 
 def check_threshold(threshold: float) -> None:
@@ -19,10 +42,10 @@ def check_threshold(threshold: float) -> None:
 
 
 def nearest_words(features: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine similarity to, and id of, the nearest word of each patch.
+    """Cosine similarity to, and id of, the nearest word of each patch, by comparing all pairs in float32.
 
     Args:
-        features: (..., D), any float dtype; compared in float32.
+        features: (..., D), any float dtype.
         directions: (K, D) float32 words of unit length.
 
     Returns:
@@ -40,13 +63,201 @@ def nearest_words(features: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]
     return similarity.view(features.shape[:-1]), index.view(features.shape[:-1])
 
 
-def match(features: Tensor, directions: Tensor, threshold: float) -> Tensor:
-    """Id (...) int64 of each patch's nearest word, or -1 where its cosine distance is above the threshold.
+class WordIndex(nn.Module):
+    """Finds the nearest word of each patch within a threshold; built once from the words.
+
+    On a CPU the answer is exact: cosines of unit vectors in float32, compared in float64. On other devices all pairs
+    are compared in float32, which they do at once and without waiting for the host.
 
     Args:
-        features: (..., D).
-        directions: (K, D) float32 words of unit length.
-        threshold: cosine distance in [0, 2]; a word at exactly this distance matches.
+        words: (K, D), any length.
     """
-    similarity, index = nearest_words(features, directions)
-    return torch.where(similarity >= 1.0 - threshold - _ROUNDING, index, -1)
+
+    ids: Tensor
+    directions: Tensor
+    basis: Tensor
+    coarse: Tensor
+    fine: Tensor
+
+    def __init__(self, words: Tensor) -> None:
+        super().__init__()
+        directions = F.normalize(words.float(), dim=-1).cpu()
+        ids = _first_of_each(directions)
+        directions = directions[ids]
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("directions", directions, persistent=False)
+        self.sketched = len(directions) >= _FEW_WORDS and words.shape[1] > 2 * _SHORT
+        if self.sketched:
+            self.long = words.shape[1] > 2 * _FINE
+            basis = principal_directions(directions, _FINE if self.long else _SHORT)
+            coarse = _sketch_words(directions, basis[:, : _COARSE if self.long else _SHORT])
+            rounded = coarse.to(torch.bfloat16) if _bfloat16_is_faster() else coarse
+            self.rounding = float((rounded.float() - coarse).norm(dim=1).max()) + _SLACK
+            self.register_buffer("basis", basis, persistent=False)
+            self.register_buffer("coarse", rounded, persistent=False)
+            if self.long:
+                self.register_buffer("fine", _sketch_words(directions, basis), persistent=False)
+
+    @torch.compiler.disable  # counts decide what is done next
+    def forward(self, features: Tensor, threshold: float) -> Tensor:
+        """Id (...) int64 of each patch's nearest word, or -1 where its cosine distance is above the threshold.
+
+        Args:
+            features: (..., D), any float dtype.
+            threshold: cosine distance in [0, 2]; a word at exactly this distance matches. Ties go to the lower id.
+        """
+        if features.device.type != "cpu":
+            similarity, index = nearest_words(features, self.directions)
+            return torch.where(similarity >= 1.0 - threshold - _ROUNDING, self.ids[index], -1)
+        patches = F.normalize(features.reshape(-1, features.shape[-1]).float(), dim=-1)
+        if not len(patches):
+            return torch.empty(features.shape[:-1], dtype=torch.int64)
+        numbers = torch.isfinite(patches.sum(dim=1))
+        if not numbers.all():  # bounds hold for numbers only; what is none matches nothing
+            patches = patches.masked_fill(~numbers[:, None], 0.0)
+        rows = max(1, _BLOCK // len(self.directions))
+        ids = torch.cat([self._match(block, threshold) for block in patches.split(rows)])
+        return ids.masked_fill_(~numbers, -1).view(features.shape[:-1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WordIndex":
+        # Words follow the model to its device but keep their precision: others would be nearest in half of it.
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
+    def _match(self, patches: Tensor, threshold: float) -> Tensor:
+        """Ids (M,) for unit patches (M, D)."""
+        least = torch.full((len(patches),), 1.0 - threshold - _ROUNDING)
+        if not self.sketched or threshold > _FAR:
+            return self._match_all(patches, threshold, least)
+        projected = patches @ self.basis
+        owner, word, least = self._rule_out(patches, projected[:, : self.coarse.shape[1] - 2], least)
+        if self.long:
+            owner, word = self._rule_out_more(patches, sketch(projected), owner, word, least)
+        if len(owner) > len(patches) * len(self.directions) // _MANY:
+            return self._match_all(patches, threshold, least)
+        return self._settle(patches, owner, word, threshold)
+
+    def _match_all(self, patches: Tensor, threshold: float, least: Tensor) -> Tensor:
+        """The same by comparing all pairs; those that are close to the best are settled exactly."""
+        cosine = patches @ self.directions.T
+        best = cosine.amax(1)
+        owner, word = (cosine >= torch.maximum(least, best)[:, None] - _SLACK).nonzero(as_tuple=True)
+        return self._settle(patches, owner, word, threshold)
+
+    def _rule_out(self, patches: Tensor, projected: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs (owner, word) whose coarse bound reaches what the patch's most promising word does."""
+        exact = sketch(projected)
+        short = exact.to(self.coarse.dtype)
+        # Bounds may be too low by the rounding of both sketches, of themselves, and of the floor they are held to.
+        slack = (short.float() - exact).norm(dim=1) + self.rounding
+        if short.dtype == torch.bfloat16:
+            slack += 2.0**-8
+        bounds = torch.mm(self.coarse, short.T).view(-1, _TILE, len(patches))  # (tiles, 64, M)
+        tops = _ordered(bounds).amax(1)  # (tiles, M)
+        tile = tops.argmax(0)
+        every = torch.arange(len(patches))
+        promising = _ordered(bounds)[tile, :, every].argmax(1) + _TILE * tile
+        known = (patches * self.directions[promising.clamp(max=len(self.directions) - 1)]).sum(1)
+        least = torch.maximum(least, known - _SLACK)
+        floor = _ordered((least - slack).to(short.dtype))
+        tile, owner = (tops >= floor).nonzero(as_tuple=True)
+        pair, word = (_ordered(bounds)[tile, :, owner] >= floor[owner, None]).nonzero(as_tuple=True)
+        return owner[pair], word + _TILE * tile[pair], least
+
+    def _rule_out_more(
+        self, patches: Tensor, finer: Tensor, owner: Tensor, word: Tensor, least: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same by the fine bound, for all patches with all words that are left in any pair.
+
+        That is more pairs than are left, but one matrix product is cheaper than fetching the rows of each pair.
+        """
+        owners, words = _distinct(owner, len(patches)), _distinct(word, len(self.directions))
+        bounds = finer[owners] @ self.fine[words].T
+        if not bounds.numel():
+            return owner, word
+        known = _dot(patches, owners, self.directions, words[bounds.argmax(1)])
+        floor = torch.maximum(least[owners], known - _SLACK) - _SLACK
+        row, column = (bounds >= floor[:, None]).nonzero(as_tuple=True)
+        return owners[row], words[column]
+
+    def _settle(self, patches: Tensor, owner: Tensor, word: Tensor, threshold: float) -> Tensor:
+        """The nearest of the words in the pairs that are left, or -1 where none is near enough: (M,) int64."""
+        cosine = _dot(patches, owner, self.directions, word)
+        best = _highest(cosine, owner, len(patches))
+        close = (cosine >= best[owner] - _SLACK).nonzero()[:, 0]
+        owner, word = owner[close], word[close]
+        cosine = _dot(patches, owner, self.directions, word, torch.float64)
+        best = _highest(cosine, owner, len(patches))
+        none = len(self.directions)
+        nearest = word.new_full((len(patches),), none)
+        nearest = nearest.scatter_reduce(0, owner, torch.where(cosine == best[owner], word, none), "amin")
+        near = best >= 1.0 - threshold - _ROUNDING
+        return torch.where(near, self.ids[nearest.masked_fill(~near, 0)], -1)
+
+
+def principal_directions(directions: Tensor, count: int) -> Tensor:
+    """Orthonormal basis (D, count) of the directions (K, D) in which they vary most, about the origin."""
+    _, vectors = torch.linalg.eigh(directions.double().T @ directions.double())
+    return vectors.flip(1)[:, :count].float().contiguous()
+
+
+def sketch(projected: Tensor) -> Tensor:
+    """Unit vectors, projected to (n, m), with the length of what is left, and a column of ones: (n, m + 2).
+
+    What is left is rounded up: in float32 it may be lost between two numbers close to 1.
+    """
+    left = (1.0 + 4e-6 - projected.square().sum(1, keepdim=True)).clamp_(min=0.0).sqrt_()
+    return torch.cat([projected, left, torch.ones_like(left)], dim=1)
+
+
+def _sketch_words(directions: Tensor, basis: Tensor) -> Tensor:
+    """Sketches of words (K, D) that give bounds with those of patches, filled to whole tiles with words far away."""
+    words = sketch(directions.double() @ basis.double()).float()
+    words[:, -1] = 0.0
+    far = words.new_zeros(-len(words) % _TILE, words.shape[1])
+    far[:, -1] = -8.0
+    return torch.cat([words, far])
+
+
+def _dot(left: Tensor, rows: Tensor, right: Tensor, columns: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """left[rows] · right[columns], one pair after another: (n,)."""
+    pairs = max(1, _BLOCK // left.shape[1])
+    parts = zip(rows.split(pairs), columns.split(pairs), strict=True)
+    return torch.cat([(left.index_select(0, r).to(dtype) * right.index_select(0, c)).sum(1) for r, c in parts])
+
+
+def _first_of_each(directions: Tensor) -> Tensor:
+    """Ids (U,) of the words that equal no earlier word, ascending."""
+    first: dict[bytes, int] = {}
+    for word, row in enumerate(directions.numpy()):
+        first.setdefault(row.tobytes(), word)
+    return torch.tensor(list(first.values()))
+
+
+def _distinct(ids: Tensor, count: int) -> Tensor:
+    """The ids below `count` that occur, ascending."""
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, ids, True).nonzero()[:, 0]
+
+
+def _highest(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """The highest value of each owner (count,), -2 for one who has none."""
+    return values.new_full((count,), -2.0).scatter_reduce(0, owner, values, "amax")
+
+
+def _ordered(bounds: Tensor) -> Tensor:
+    """Numbers in the order of the bounds, where these are positive; integers are compared faster than bfloat16."""
+    return bounds.view(torch.int16) if bounds.dtype == torch.bfloat16 else bounds
+
+
+@functools.cache
+def _bfloat16_is_faster() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32; the answer stays exact either way."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(4096, _COARSE + 2, dtype=dtype), torch.ones(_COARSE + 2, 192, dtype=dtype)
+        runs = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            torch.mm(left, right)
+            runs.append(time.perf_counter() - begin)
+        seconds[dtype] = min(runs)
+    return seconds[torch.bfloat16] < seconds[torch.float32]

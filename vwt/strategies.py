@@ -4,15 +4,13 @@ A strategy reads the features of its `space` and says which patches make which t
 except through `bind`.
 """
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vwt.codebook import Codebook
 from vwt.errors import ArgumentError
-from vwt.matching import check_threshold, match
+from vwt.matching import WordIndex, check_threshold
 from vwt.patches import PatchSpec, Space
 from vwt.words import Words, group_words, keep_patches
 
@@ -78,15 +76,13 @@ class InterImage(nn.Module):
         threshold: cosine distance in [0, 2]; the paper uses 0.1.
     """
 
-    directions: Tensor
-
     def __init__(self, codebook: Codebook, threshold: float = 0.1) -> None:
         super().__init__()
         check_threshold(threshold)
         if not isinstance(codebook, Codebook):
             raise ArgumentError(f"codebook is {type(codebook).__name__}; expected one from vwt.Codebook.load(path)")
         self.codebook, self.threshold, self.space = codebook, threshold, codebook.space
-        self.register_buffer("directions", F.normalize(codebook.words, dim=-1), persistent=False)
+        self.index = WordIndex(codebook.words)
 
     def bind(self, spec: PatchSpec) -> "InterImage":
         """The same strategy with the codebook in the model's terms; raises MismatchError if it was made for another."""
@@ -94,13 +90,8 @@ class InterImage(nn.Module):
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Words:
         """Features (B, N, D) in the codebook's space to Words, a data-dependent number of tokens an image."""
-        labels = match(features, self.directions, self.threshold)
-        return group_words(labels, len(self.directions), grid)
+        return group_words(self.index(features, self.threshold), len(self.codebook), grid)
 
     def extra_repr(self) -> str:
         """For repr()."""
         return f"{self.codebook!r}, threshold={self.threshold}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InterImage":
-        # Words follow the model to its device but stay float32: in half precision other words would be nearest.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
