@@ -151,7 +151,7 @@ def test_the_images_are_not_changed(fast, images):
 class EveryOther(nn.Module):
     """A strategy of the user's own: every other patch makes one token with the patch before it."""
 
-    space = "embedding"
+    space, fixed_count = "embedding", False
 
     def bind(self, spec):
         return self

@@ -112,7 +112,8 @@ class Backbone:
         if not packed.lengths:
             return packed
         packed = packed.replace(self.model.norm_pre(packed.values))
-        packed = run_blocks(self._blocks, packed, crossing=not self._packable())
+        crossing = not packed.is_dense and not self._packable()
+        packed = run_blocks(self._blocks, packed, crossing=crossing)
         return packed.replace(self.model.norm(packed.values))
 
     def _packable(self) -> bool:

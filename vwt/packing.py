@@ -6,14 +6,18 @@ sequence, and the calls that they make to `scaled_dot_product_attention` are ans
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,20 +27,21 @@ class Packed:
     Attributes:
         values: (T, C), T tokens in all.
         lengths: tokens of each image, prefix tokens included; they sum to T.
+        is_dense: whether all images have as many tokens.
     """
 
     values: Tensor
     lengths: tuple[int, ...]
+    is_dense: bool = field(init=False)
 
-    @cached_property
+    def __post_init__(self) -> None:
+        # Stored, so that compiled code can ask without being compiled again for other lengths.
+        object.__setattr__(self, "is_dense", all(length == self.lengths[0] for length in self.lengths))
+
+    @property
     def offsets(self) -> Tensor:
         """(B + 1,) int64 on the device of the values: image b owns rows offsets[b]:offsets[b + 1]."""
         return torch.tensor([0, *self.lengths], device=self.values.device).cumsum(0)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether all images have as many tokens."""
-        return len(set(self.lengths)) <= 1
 
     def dense(self) -> Tensor:
         """(B, n, C), where all images have n tokens."""
@@ -102,16 +107,21 @@ def run_blocks(blocks: Callable[[Tensor], Tensor], packed: Packed, *, crossing: 
         return packed.replace(blocks(packed.dense()).flatten(0, 1))
     if crossing:
         return packed.replace(torch.cat([blocks(run[None])[0] for run in packed.split()]))
-    with _AttentionWithinImages(packed.lengths):
+    with _AttentionWithinImages(packed):
         return packed.replace(blocks(packed.values[None])[0])
 
 
 class _AttentionWithinImages(TorchFunctionMode):
-    """Answers fused attention over a packed sequence (1, H, T, d) image by image."""
+    """Answers fused attention over a packed sequence (1, H, T, d) image by image.
 
-    def __init__(self, lengths: tuple[int, ...]) -> None:
+    On a GPU in half precision that is one call of variable-length attention, else one fused call an image.
+    """
+
+    def __init__(self, packed: Packed) -> None:
         super().__init__()
-        self.lengths = list(lengths)
+        self.lengths = list(packed.lengths)
+        half = packed.values.is_cuda and packed.values.dtype in (torch.float16, torch.bfloat16)
+        self.offsets = packed.offsets.int() if half and varlen_attn is not None else None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,5 +130,14 @@ class _AttentionWithinImages(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, key, value, *rest = args
+        options = [*rest, *kwargs.values()]
+        if self.offsets is not None and not any(option for option in options if not isinstance(option, Tensor)):
+            return self._varlen(query, key, value)
         runs = zip(*(t.split(self.lengths, dim=-2) for t in (query, key, value)), strict=True)
         return torch.cat([func(q, k, v, *rest, **kwargs) for q, k, v in runs], dim=-2)
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # (T, H, d)
+        longest = max(self.lengths)
+        output = varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest)  # type: ignore[arg-type]
+        return output.transpose(0, 1)[None]  # type: ignore[union-attr]

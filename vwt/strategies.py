@@ -6,6 +6,7 @@ except through `bind`.
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from vwt.codebook import Codebook
@@ -20,6 +21,7 @@ class Strategy(Protocol):
     """What `VWTokenizer` asks of a strategy."""
 
     space: Space
+    fixed_count: bool  # every image gets as many tokens, whatever it shows
 
     def bind(self, spec: PatchSpec) -> nn.Module:
         """The strategy as a module for one model; raises MismatchError if it cannot serve it."""
@@ -41,6 +43,7 @@ class IntraImage(nn.Module):
     """
 
     space: Space = "pixel"
+    fixed_count = True
 
     def __init__(self, drop: float = 0.5) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class IntraImage(nn.Module):
         """Normalised pixel patches (B, N, C·ph·pw) to Words of max(1, int(N · (1 - drop))) tokens an image."""
         count = max(1, int(features.shape[1] * (1 - self.drop) + 1e-9))
         centred = features.float() - features.float().mean(dim=-1, keepdim=True)
-        score = centred.square().sum(dim=-1)  # the variance, times one less than the number of pixel values
+        score = torch.linalg.vector_norm(centred, dim=-1)  # rises with the variance
         return keep_patches(score.topk(count, dim=1).indices.sort(dim=1).values, grid)
 
     def extra_repr(self) -> str:
@@ -75,6 +78,8 @@ class InterImage(nn.Module):
         codebook: the words, in pixel or embedding space.
         threshold: cosine distance in [0, 2]; the paper uses 0.1.
     """
+
+    fixed_count = False
 
     def __init__(self, codebook: Codebook, threshold: float = 0.1) -> None:
         super().__init__()

@@ -71,7 +71,9 @@ class VWTokenizer(nn.Module):
         backbone.check(images)
         if self.strategy is None or not len(images):
             return self.model.forward_head(self._encode_all(images))
-        return backbone.head(*self._encode(images))
+        packed, words = self._pack(images)
+        answer = self._answer if packed.is_dense else self._answer_uncompiled
+        return answer(packed, words)
 
     def forward_features(self, images: Tensor, unmerge: bool = True) -> Tensor | tuple[Packed, Words]:
         """Images (B, C, H, W) to encoded tokens, after the model's final norm.
@@ -85,7 +87,8 @@ class VWTokenizer(nn.Module):
         self.backbone.check(images)
         if unmerge and (self.strategy is None or not len(images)):
             return self._encode_all(images)
-        packed, words = self._encode(images)
+        packed, words = self._pack(images)
+        packed = self.backbone.encode_packed(packed)
         return self.backbone.full(packed, words) if unmerge else (packed, words)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
@@ -102,11 +105,22 @@ class VWTokenizer(nn.Module):
         _, tokens, _ = self.backbone.embed(images)
         return self.backbone.encode(tokens)
 
-    def _encode(self, images: Tensor) -> tuple[Packed, Words]:
+    def _pack(self, images: Tensor) -> tuple[Packed, Words]:
         tokens, words = self._reduce(images)
+        merge_and_pack = self._merge_and_pack_uncompiled if words.count is None else self._merge_and_pack
+        return merge_and_pack(tokens, words), words
+
+    def _merge_and_pack(self, tokens: Tensor, words: Words) -> Packed:
         prefix = self.backbone.prefix
-        packed = pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths)
-        return self.backbone.encode_packed(packed), words
+        return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths)
+
+    def _answer(self, packed: Packed, words: Words) -> Tensor:
+        return self.backbone.head(self.backbone.encode_packed(packed), words)
+
+    # torch.compile would compile these again for each list of lengths. What runs uncompiled hands on a tensor, of whose
+    # length compiled code can be independent.
+    _merge_and_pack_uncompiled = torch.compiler.disable(_merge_and_pack)
+    _answer_uncompiled = torch.compiler.disable(_answer)
 
     def _reduce(self, images: Tensor) -> tuple[Tensor, Words]:
         """Tokens (B, P + N, C) with position, not yet merged, and the Words that the strategy makes of them."""
@@ -116,6 +130,11 @@ class VWTokenizer(nn.Module):
             everything = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
             return tokens, keep_patches(everything, grid)
         features = patches if self.strategy.space == "embedding" else patchify(images, self._patch_size, grid)
+        if not self.strategy.fixed_count and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            raise ArgumentError(
+                f"{type(self.strategy).__name__} gives every image its own number of tokens, which cannot be exported; "
+                "export with a strategy that gives all as many (IntraImage), or with None"
+            )
         return tokens, self.strategy(features, grid)
 
     def __getattr__(self, name: str) -> Any:

@@ -3,11 +3,30 @@
 Patches, not prefix tokens: class and register tokens never come here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+class once(Generic[Value]):
+    """functools.cached_property without its lock, which torch.compile cannot trace."""
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Value:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        value = instance.__dict__[self.name] = self.compute(instance)
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +41,8 @@ class Words:
         grid: (rows, columns) of the patches, rows * columns = N.
         count: tokens an image where the strategy gives every image as many, else None. It spares a device
             synchronisation and keeps shapes static.
+        kept: (B, count) int64, the patch that each token is, where all tokens are patches as they are, else None. It
+            spares the arithmetic of means.
     """
 
     group: Tensor
@@ -29,21 +50,22 @@ class Words:
     counts: Tensor
     grid: tuple[int, int]
     count: int | None = None
+    kept: Tensor | None = None
 
-    @cached_property
+    @once
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each image as Python integers (one device synchronisation, if counts vary)."""
         if self.count is not None:
             return (self.count,) * self.group.shape[0]
         return tuple(self.counts.tolist())
 
-    @cached_property
+    @once
     def rows(self) -> Tensor:
         """Row of each patch's token (B, N) in the matrix that `merge` returns; meaningless where dropped."""
         starts = self.counts.cumsum(0) - self.counts
         return self.group + starts[:, None]
 
-    @cached_property
+    @once
     def sizes(self) -> Tensor:
         """Patches in each token (T,) float32, in the order of `merge`."""
         return _sum_rows((self.group >= 0).float()[..., None], self)[:, 0]
@@ -83,7 +105,7 @@ def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
     batch, count = kept.shape
     group = kept.new_full((batch, grid[0] * grid[1]), -1)
     group = group.scatter(1, kept, torch.arange(count, device=kept.device).expand(batch, -1))
-    return Words(group, (group >= 0).float(), kept.new_full((batch,), count), grid, count)
+    return Words(group, (group >= 0).float(), kept.new_full((batch,), count), grid, count, kept)
 
 
 def merge(tokens: Tensor, words: Words) -> Tensor:
@@ -91,6 +113,8 @@ def merge(tokens: Tensor, words: Words) -> Tensor:
 
     Each merged token is the weighted sum of its patches, accumulated in float32 for lower precisions.
     """
+    if words.kept is not None:
+        return tokens.gather(1, words.kept[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
     weighted = tokens * words.weight[..., None]  # float32, or wider
     return _sum_rows(weighted, words).to(tokens.dtype)
 
@@ -110,7 +134,7 @@ def fill(words: Words) -> Words:
     Nearest on the grid, Euclidean; ties go to the lower patch index.
     """
     dropped = words.group < 0
-    if words.count == dropped.shape[1] or not bool(dropped.any()):
+    if words.count == dropped.shape[1] or (words.count is None and not _any(dropped)):
         return words
     rows, columns = words.grid
     place = torch.cartesian_prod(*(torch.arange(n, device=dropped.device) for n in (rows, columns)))
@@ -118,6 +142,11 @@ def fill(words: Words) -> Words:
     far = rows * rows + columns * columns
     nearest = torch.stack([(distance + far * image).argmin(1) for image in dropped])
     return Words(words.group.gather(1, nearest), words.weight, words.counts, words.grid, words.count)
+
+
+@torch.compiler.disable  # a value decides what is done next
+def _any(flags: Tensor) -> bool:
+    return bool(flags.any())
 
 
 def _sum_rows(values: Tensor, words: Words) -> Tensor:

@@ -1,0 +1,91 @@
+"""Time of finding the words of real patches, by brute force and as `InterImage` does it, and whether answers agree.
+
+A part of `benchmarks/latency.py`, with --matching.
+"""
+
+import torch
+import torch.nn.functional as F
+from harness import Bench, Calls, Row, autocast, ratio, spread
+from torch import Tensor
+from tqdm import tqdm
+
+from vwt import InterImage
+from vwt.backbones import Backbone
+from vwt.matching import nearest_words
+from vwt.patches import PatchSpec, Space, patchify
+
+TIMED = 32  # batches
+ROUNDING = 2e-6  # cosines that differ by less are the same in float32
+COLUMNS = {
+    "space": "", "words": "d", "threshold": "g", "brute_ms": ".3f", "own_ms": ".3f", "speed_up": ".2f",
+    "matched": ".3f", "patches": "d", "different": "d", "beyond_rounding": "d",
+}  # fmt: skip
+
+
+def measure(bench: Bench) -> list[Row]:
+    """A row for each codebook and threshold."""
+    return [
+        matching_row(bench, InterImage(codebook, threshold), bench.images)
+        for codebook in bench.codebooks
+        for threshold in bench.arguments.threshold
+    ]
+
+
+def matching_row(bench: Bench, strategy: InterImage, images: Tensor) -> Row:
+    """Time on some batches, answers on all images (n, C, H, W) uint8."""
+    bound = strategy.bind(PatchSpec.of(bench.model)).to(bench.device)
+    directions = F.normalize(bound.codebook.words.to(bench.device), dim=-1)
+    size = bench.arguments.batch_size
+    features = [features_of(bench, batch, bound.space) for batch in images[: TIMED * size].split(size)]
+    features = [f for f in features if len(f) == size]
+    calls: Calls = {
+        "brute": lambda item: brute_force(features[item], directions, bound.threshold),
+        "own": lambda item: bound.index(features[item], bound.threshold),
+    }
+    (seconds,) = bench.time([calls], len(features))
+    row: Row = {"space": bound.space, "words": len(directions), "threshold": bound.threshold}
+    for role in calls:
+        row[f"{role}_q1"], row[f"{role}_ms"], row[f"{role}_q3"] = spread(seconds[role])
+    row["speed_up"] = ratio(seconds["brute"], seconds["own"])
+    checks = torch.zeros(4, dtype=torch.int64)
+    for batch in tqdm(images.split(size), desc="checking", unit="batch", disable=bench.arguments.quiet):
+        patches = features_of(bench, batch, bound.space)
+        expected = brute_force(patches, directions, bound.threshold)
+        checks += compare(patches, directions, bound.threshold, bound.index(patches, bound.threshold), expected)
+    patches_seen, matched, different, beyond = checks.tolist()
+    row |= {"matched": matched / patches_seen, "patches": patches_seen}
+    return row | {"different": different, "beyond_rounding": beyond}
+
+
+def features_of(bench: Bench, images: Tensor, space: Space) -> Tensor:
+    """Images (B, C, H, W) uint8 to features (B, N, D) as a strategy sees them."""
+    backbone, prepared = Backbone(bench.model), bench.prepare(images)
+    with autocast(bench.device, bench.arguments.precision):
+        embedded, _, grid = backbone.embed(prepared)
+    return embedded if space == "embedding" else patchify(prepared, PatchSpec.of(bench.model).patch_size, grid)
+
+
+def brute_force(features: Tensor, directions: Tensor, threshold: float) -> Tensor:
+    """The nearest word (...) of features (..., D), or -1, from the cosines of all pairs with directions (K, D)."""
+    similarity, index = nearest_words(features, directions)
+    return torch.where(similarity >= 1.0 - threshold - 1e-6, index, -1)
+
+
+def compare(features: Tensor, directions: Tensor, threshold: float, own: Tensor, expected: Tensor) -> Tensor:
+    """Patches, those with a word, those whose answers differ, and those that differ by more than float32 rounds.
+
+    Args:
+        features: (B, N, D).
+        directions: (K, D) of unit length.
+        threshold: cosine distance.
+        own: (B, N) ids or -1.
+        expected: (B, N) ids or -1.
+    """
+    different = own != expected
+    patches = F.normalize(features[different].double(), dim=-1)
+    cosines = []
+    for answer in (own[different], expected[different]):
+        cosine = (patches * directions[answer.clamp(min=0)].double()).sum(-1)
+        cosines.append(torch.where(answer >= 0, cosine, 1.0 - threshold - 1e-6))
+    beyond = (cosines[0] - cosines[1]).abs() > ROUNDING
+    return torch.tensor([own.numel(), int((expected >= 0).sum()), int(different.sum()), int(beyond.sum())])
