@@ -29,8 +29,8 @@ _SLACK = 1e-5
 # Principal directions of the sketches, which have two columns more: of short words, and of long ones in two steps.
 _SHORT, _COARSE, _FINE = 46, 62, 126
 _TILE = 64  # words whose bounds are looked at together
-# Below so many words, or above such a threshold, ruling pairs out costs more than comparing them.
-_FEW_WORDS, _FAR = 400, 0.5
+# Below so many numbers in the words, or above such a threshold, ruling pairs out costs more than comparing them.
+_FEW_NUMBERS, _FAR = 400_000, 0.5
 # Nor does fetching one pair at a time pay where more than this part of them is left.
 _MANY = 64
 
@@ -66,8 +66,8 @@ def nearest_words(features: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]
 class WordIndex(nn.Module):
     """Finds the nearest word of each patch within a threshold; built once from the words.
 
-    On a CPU the answer is exact: cosines of unit vectors in float32, compared in float64. On other devices all pairs
-    are compared in float32, which they do at once and without waiting for the host.
+    The answer is that of comparing all pairs. Few words are compared like that, and any number on a GPU, which does so
+    without waiting for the host. Where pairs are ruled out, those that float32 cannot tell apart are settled in float64.
 
     Args:
         words: (K, D), any length.
@@ -86,7 +86,8 @@ class WordIndex(nn.Module):
         directions = directions[ids]
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("directions", directions, persistent=False)
-        self.sketched = len(directions) >= _FEW_WORDS and words.shape[1] > 2 * _SHORT
+        self.all_differ = len(ids) == len(words)
+        self.sketched = directions.numel() >= _FEW_NUMBERS and words.shape[1] > 2 * _SHORT
         if self.sketched:
             self.long = words.shape[1] > 2 * _FINE
             basis = principal_directions(directions, _FINE if self.long else _SHORT)
@@ -106,44 +107,40 @@ class WordIndex(nn.Module):
             features: (..., D), any float dtype.
             threshold: cosine distance in [0, 2]; a word at exactly this distance matches. Ties go to the lower id.
         """
-        if features.device.type != "cpu":
-            similarity, index = nearest_words(features, self.directions)
-            return torch.where(similarity >= 1.0 - threshold - _ROUNDING, self.ids[index], -1)
+        if not self.sketched or threshold > _FAR or features.device.type != "cpu":
+            return self._match_all(features, threshold)
         patches = F.normalize(features.reshape(-1, features.shape[-1]).float(), dim=-1)
-        if not len(patches):
-            return torch.empty(features.shape[:-1], dtype=torch.int64)
-        numbers = torch.isfinite(patches.sum(dim=1))
-        if not numbers.all():  # bounds hold for numbers only; what is none matches nothing
-            patches = patches.masked_fill(~numbers[:, None], 0.0)
         rows = max(1, _BLOCK // len(self.directions))
-        ids = torch.cat([self._match(block, threshold) for block in patches.split(rows)])
-        return ids.masked_fill_(~numbers, -1).view(features.shape[:-1])
+        ids = (
+            [self._match(block, threshold) for block in patches.split(rows)] if len(patches) else [patches.long()[:, 0]]
+        )
+        return (ids[0] if len(ids) == 1 else torch.cat(ids)).view(features.shape[:-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WordIndex":
         # Words follow the model to its device but keep their precision: others would be nearest in half of it.
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
 
+    def _match_all(self, features: Tensor, threshold: float) -> Tensor:
+        """By comparing all pairs in float32."""
+        similarity, index = nearest_words(features, self.directions)
+        index = index if self.all_differ else self.ids[index]
+        return torch.where(similarity >= 1.0 - threshold - _ROUNDING, index, -1)
+
     def _match(self, patches: Tensor, threshold: float) -> Tensor:
-        """Ids (M,) for unit patches (M, D)."""
-        least = torch.full((len(patches),), 1.0 - threshold - _ROUNDING)
-        if not self.sketched or threshold > _FAR:
-            return self._match_all(patches, threshold, least)
+        """By ruling pairs out, for unit patches (M, D)."""
+        least = 1.0 - threshold - _ROUNDING
         projected = patches @ self.basis
-        owner, word, least = self._rule_out(patches, projected[:, : self.coarse.shape[1] - 2], least)
+        owner, word, floor = self._rule_out(patches, projected[:, : self.coarse.shape[1] - 2], least)
         if self.long:
-            owner, word = self._rule_out_more(patches, sketch(projected), owner, word, least)
+            owner, word = self._rule_out_more(patches, sketch(projected), owner, word, floor)
         if len(owner) > len(patches) * len(self.directions) // _MANY:
-            return self._match_all(patches, threshold, least)
-        return self._settle(patches, owner, word, threshold)
+            return self._match_all(patches, threshold)
+        cosine = _dot(patches, owner, self.directions, word)
+        best = _highest(cosine, owner, len(patches)).clamp_(min=least)
+        close = (cosine >= best[owner] - _SLACK).nonzero()[:, 0]
+        return self._settle(patches, owner[close], word[close], cosine[close], least)
 
-    def _match_all(self, patches: Tensor, threshold: float, least: Tensor) -> Tensor:
-        """The same by comparing all pairs; those that are close to the best are settled exactly."""
-        cosine = patches @ self.directions.T
-        best = cosine.amax(1)
-        owner, word = (cosine >= torch.maximum(least, best)[:, None] - _SLACK).nonzero(as_tuple=True)
-        return self._settle(patches, owner, word, threshold)
-
-    def _rule_out(self, patches: Tensor, projected: Tensor, least: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rule_out(self, patches: Tensor, projected: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
         """Pairs (owner, word) whose coarse bound reaches what the patch's most promising word does."""
         exact = sketch(projected)
         short = exact.to(self.coarse.dtype)
@@ -157,14 +154,15 @@ class WordIndex(nn.Module):
         every = torch.arange(len(patches))
         promising = _ordered(bounds)[tile, :, every].argmax(1) + _TILE * tile
         known = (patches * self.directions[promising.clamp(max=len(self.directions) - 1)]).sum(1)
-        least = torch.maximum(least, known - _SLACK)
-        floor = _ordered((least - slack).to(short.dtype))
-        tile, owner = (tops >= floor).nonzero(as_tuple=True)
-        pair, word = (_ordered(bounds)[tile, :, owner] >= floor[owner, None]).nonzero(as_tuple=True)
-        return owner[pair], word + _TILE * tile[pair], least
+        floor = known.clamp_(min=least).sub_(_SLACK)
+        low = _ordered((floor - slack).to(short.dtype))
+        tile, owner = (tops >= low).nonzero(as_tuple=True)
+        pair, word = (_ordered(bounds)[tile, :, owner] >= low[owner, None]).nonzero(as_tuple=True)
+        word = (word + _TILE * tile[pair]).clamp_(max=len(self.directions) - 1)  # beyond, for patches of NaN alone
+        return owner[pair], word, floor
 
     def _rule_out_more(
-        self, patches: Tensor, finer: Tensor, owner: Tensor, word: Tensor, least: Tensor
+        self, patches: Tensor, finer: Tensor, owner: Tensor, word: Tensor, floor: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The same by the fine bound, for all patches with all words that are left in any pair.
 
@@ -175,23 +173,21 @@ class WordIndex(nn.Module):
         if not bounds.numel():
             return owner, word
         known = _dot(patches, owners, self.directions, words[bounds.argmax(1)])
-        floor = torch.maximum(least[owners], known - _SLACK) - _SLACK
+        floor = torch.maximum(floor[owners], known) - _SLACK
         row, column = (bounds >= floor[:, None]).nonzero(as_tuple=True)
         return owners[row], words[column]
 
-    def _settle(self, patches: Tensor, owner: Tensor, word: Tensor, threshold: float) -> Tensor:
-        """The nearest of the words in the pairs that are left, or -1 where none is near enough: (M,) int64."""
-        cosine = _dot(patches, owner, self.directions, word)
-        best = _highest(cosine, owner, len(patches))
-        close = (cosine >= best[owner] - _SLACK).nonzero()[:, 0]
-        owner, word = owner[close], word[close]
-        cosine = _dot(patches, owner, self.directions, word, torch.float64)
-        best = _highest(cosine, owner, len(patches))
-        none = len(self.directions)
-        nearest = word.new_full((len(patches),), none)
-        nearest = nearest.scatter_reduce(0, owner, torch.where(cosine == best[owner], word, none), "amin")
-        near = best >= 1.0 - threshold - _ROUNDING
-        return torch.where(near, self.ids[nearest.masked_fill(~near, 0)], -1)
+    def _settle(self, patches: Tensor, owner: Tensor, word: Tensor, cosine: Tensor, least: float) -> Tensor:
+        """The nearest word (M,) int64, or -1, of pairs that are all near enough and nearest but for rounding."""
+        nearest = owner.new_full((len(patches),), -1).index_put_((owner,), word)
+        if ((nearest[owner] != word) | (cosine < least + _SLACK)).any():
+            # Some patch has two words as near, or one at just the threshold: float64 decides.
+            cosine = _dot(patches, owner, self.directions, word, torch.float64)
+            best = _highest(cosine, owner, len(patches))
+            none = len(self.directions)
+            nearest.fill_(none).scatter_reduce_(0, owner, torch.where(cosine == best[owner], word, none), "amin")
+            nearest.masked_fill_(best < least, -1)
+        return nearest if self.all_differ else self.ids[nearest].where(nearest >= 0, -1)
 
 
 def principal_directions(directions: Tensor, count: int) -> Tensor:

@@ -84,11 +84,10 @@ def group_words(labels: Tensor, num_labels: int, grid: tuple[int, int]) -> Words
     """
     batch, patches = labels.shape
     position = torch.arange(patches, device=labels.device).expand(batch, -1)
-    alone, label = labels < 0, labels.clamp(min=0)
-    # The first patch of a label speaks for all of them; a patch without a label speaks for itself.
-    speakers = labels.new_full((batch, num_labels), patches)
-    speakers = speakers.scatter_reduce(1, label, position.masked_fill(alone, patches), "amin")
-    speaker = torch.where(alone, position, speakers.gather(1, label))
+    # A patch without a label gets one of its own, beyond all others; the first patch of a label speaks for all of it.
+    label = torch.where(labels < 0, position + num_labels, labels)
+    speaker = labels.new_full((batch, num_labels + patches), patches)
+    speaker = speaker.scatter_reduce(1, label, position, "amin").gather(1, label)
     opens = speaker == position
     group = (opens.cumsum(1) - 1).gather(1, speaker)
     size = torch.zeros_like(group).scatter_add(1, group, torch.ones_like(group)).gather(1, group)
