@@ -67,7 +67,7 @@ class WordIndex(nn.Module):
     """Finds the nearest word of each patch within a threshold; built once from the words.
 
     The answer is that of comparing all pairs. Few words are compared like that, and any number on a GPU, which does so
-    without waiting for the host. Where pairs are ruled out, those that float32 cannot tell apart are settled in float64.
+    without waiting for the host. Where pairs are ruled out, float64 settles those that float32 cannot tell apart.
 
     Args:
         words: (K, D), any length.
