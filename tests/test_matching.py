@@ -228,3 +228,22 @@ def test_most_pairs_are_ruled_out(monkeypatch):
         words = make_words("of falling variance", 2000, width)
         WordIndex(words)(words[:100] + 0.1 * words[100:200], 0.1)
     assert max(pairs) < 100 * 2000 / 50
+
+
+@pytest.mark.parametrize("few", [0, 10**9], ids=["sketched", "all pairs"])
+def test_autocast_does_not_reach_the_index(few, monkeypatch):
+    monkeypatch.setattr("vwt.matching._FEW_NUMBERS", few)
+    words = make_words("of falling variance", 700, 300)
+    features = (words + torch.linspace(0, 0.5, 700)[:, None] * words.flip(0)).requires_grad_()
+    ids = WordIndex(words)(features, 0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(WordIndex(words)(features, 0.01), ids)
+    assert 0 < (ids >= 0).sum() < 700
+
+
+@pytest.mark.parametrize("few", [0, 10**9], ids=["sketched", "all pairs"])
+@pytest.mark.parametrize("shape", [(0, 300), (0, 9, 300), (2, 0, 300)])
+def test_index_of_no_patches(shape, few, monkeypatch):
+    monkeypatch.setattr("vwt.matching._FEW_NUMBERS", few)
+    ids = WordIndex(make_words("scattered", 700, 300))(torch.zeros(shape), 0.1)
+    assert (ids.shape, ids.dtype) == (shape[:-1], torch.int64)

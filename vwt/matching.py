@@ -100,6 +100,7 @@ class WordIndex(nn.Module):
                 self.register_buffer("fine", _sketch_words(directions, basis), persistent=False)
 
     @torch.compiler.disable  # counts decide what is done next
+    @torch.no_grad()
     def forward(self, features: Tensor, threshold: float) -> Tensor:
         """Id (...) int64 of each patch's nearest word, or -1 where its cosine distance is above the threshold.
 
@@ -107,14 +108,15 @@ class WordIndex(nn.Module):
             features: (..., D), any float dtype.
             threshold: cosine distance in [0, 2]; a word at exactly this distance matches. Ties go to the lower id.
         """
-        if not self.sketched or threshold > _FAR or features.device.type != "cpu":
-            return self._match_all(features, threshold)
-        patches = F.normalize(features.reshape(-1, features.shape[-1]).float(), dim=-1)
-        rows = max(1, _BLOCK // len(self.directions))
-        ids = (
-            [self._match(block, threshold) for block in patches.split(rows)] if len(patches) else [patches.long()[:, 0]]
-        )
-        return (ids[0] if len(ids) == 1 else torch.cat(ids)).view(features.shape[:-1])
+        with torch.autocast(features.device.type, enabled=False):  # which would multiply in half precision
+            if not self.sketched or threshold > _FAR or features.device.type != "cpu":
+                return self._match_all(features, threshold)
+            patches = F.normalize(features.reshape(-1, features.shape[-1]).float(), dim=-1)
+            if not len(patches):
+                return torch.empty(features.shape[:-1], dtype=torch.int64)
+            rows = max(1, _BLOCK // len(self.directions))
+            ids = [self._match(block, threshold) for block in patches.split(rows)]
+            return torch.cat(ids).view(features.shape[:-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WordIndex":
         # Words follow the model to its device but keep their precision: others would be nearest in half of it.
