@@ -149,7 +149,9 @@ def check_model(model: nn.Module) -> None:
     blocks: Any = getattr(model, "blocks", ())
     plain = type(model) is VisionTransformer and model.num_prefix_tokens == 1 and model.global_pool == "token"
     if plain:
-        plain = all(type(b) is Block and type(b.attn) is Attention and b.attn.gate is None for b in blocks)
+        plain = all(
+            type(b) is Block and type(b.attn) is Attention and getattr(b.attn, "gate", None) is None for b in blocks
+        )
     if not plain:
         raise ModelError(
             f"the comparators do not know this {type(model).__name__}; they take a VisionTransformer with one class "

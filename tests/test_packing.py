@@ -1,3 +1,5 @@
+from inspect import signature
+
 import pytest
 import torch
 from hypothesis import given
@@ -31,7 +33,7 @@ OPTIONS = {
     "layer_scale": {"init_values": 0.5},
     "no_bias": {"qkv_bias": False, "proj_bias": False},
     "rms_norm": {"norm_layer": RmsNorm, "qk_norm": True},
-    "gated": {"block_fn": gated_block},
+    **({"gated": {"block_fn": gated_block}} if "gated" in signature(Attention.__init__).parameters else {}),
     "diff": {"attn_layer": "diff"},
     "res_post": {"block_fn": ResPostBlock, "init_values": 0.5},
     "parallel_scaling": {"block_fn": ParallelScalingBlock, "qk_norm": True},

@@ -79,6 +79,8 @@ class Backbone:
                 + ("; add a batch dimension with images[None]" if images.ndim == 3 else "")
             )
         weight = patch_embed.proj.weight
+        if images.device != weight.device:
+            raise ImageError(f"images are on {images.device}, the model is on {weight.device}; move one with .to()")
         autocast = torch.is_autocast_enabled(images.device.type)
         if not images.is_floating_point() or (images.dtype != weight.dtype and not autocast):
             raise ImageError(

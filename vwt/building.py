@@ -28,7 +28,7 @@ from vwt.codebook import Codebook, check_free
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, CodebookError, DataError
 from vwt.features import FeatureStream
-from vwt.matching import check_threshold, nearest_words
+from vwt.matching import check_threshold, nearest_words, within
 from vwt.patches import SPACES, PatchSpec, Space
 from vwt.resuming import SavedTensors, check_begun, open_sample, read_json, work_folder, write_json
 
@@ -38,7 +38,6 @@ BACKENDS: tuple[Backend, ...] = ("faiss", "sklearn")
 _PATCHES_PER_WORD = (40, 200)
 # ... of which as many are taken as fit into this, in bytes.
 _SAMPLE_BYTES = 256 << 20
-_BATCH = 32  # images
 _SAVE_EVERY = 1.0  # seconds
 _DUPLICATE = 1e-6  # cosine distance
 
@@ -412,10 +411,10 @@ def _count_batch(features: Tensor, directions: Tensor, threshold: float, sums: d
     flat = nearest.flatten()
     occurs = torch.zeros(len(features), words, dtype=torch.bool, device=features.device).scatter_(1, nearest, True)
     along = (similarity * features.norm(dim=-1)).flatten().double()
-    matched = (similarity >= 1.0 - threshold).sum()
+    matched = within(similarity, threshold).sum()
     sums["counts"] += torch.bincount(flat, minlength=words).cpu()
     sums["document_counts"] += occurs.sum(0).cpu()
-    sums["projections"] += torch.bincount(flat, along, minlength=words).cpu()
+    sums["projections"] += torch.bincount(flat.cpu(), along.cpu(), minlength=words)  # in order, whatever the device
     sums["totals"] += torch.tensor(
         [len(features), float((1.0 - similarity.double()).sum()), float(matched)], dtype=torch.float64
     )

@@ -8,7 +8,6 @@ complete, and checked in full when it is read: zarr itself reads a missing chunk
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass, field, replace
@@ -72,6 +71,16 @@ class Codebook:
         for name, dtype in _ARRAYS.items():
             if getattr(self, name).dtype != dtype:
                 raise ArgumentError(f"{name} are {getattr(self, name).dtype}; expected {dtype}")
+        for name in ("patch_size", "mean", "std"):
+            if not isinstance(getattr(self, name), tuple | list):
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; expected a tuple")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.patch_size) != 2 or not all(isinstance(n, int) and n > 0 for n in self.patch_size):
+            raise ArgumentError(f"patch_size is {self.patch_size}; expected (height, width) in pixels")
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise ArgumentError(
+                f"mean {self.mean} and std {self.std} do not fit; expected one of each a channel, std above 0"
+            )
         if not torch.isfinite(self.words).all():
             raise ArgumentError("words hold NaN or infinity; build the codebook anew")
         width = len(self.mean) * self.patch_size[0] * self.patch_size[1]
@@ -263,7 +272,7 @@ class Codebook:
             raise CodebookError(f"{path} holds {got}; expected one tensor (K, D) of words")
         none = torch.zeros(len(words), dtype=torch.int64)
         return cls(
-            words=words.flatten(1).float(),
+            words=words.detach().flatten(1).float(),
             counts=none,
             document_counts=none.clone(),
             space="embedding" if spec else "pixel",
@@ -338,7 +347,5 @@ def _move(fresh: Path, path: Path, aside: Path) -> None:
         except OSError:
             os.replace(aside, path)
             raise
-        if aside.is_dir():
-            shutil.rmtree(aside)
     else:
         os.replace(fresh, path)

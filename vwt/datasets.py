@@ -138,11 +138,13 @@ def _decode(image: Any, transform: Callable[[Any], Any], mode: str) -> Tensor | 
     """The transformed uint8 image (C, H, W), or why it cannot be read."""
     try:
         if isinstance(image, Image.Image):
-            return torch.as_tensor(transform(image.convert(mode)))
-        with image, Image.open(image) as opened:
-            return torch.as_tensor(transform(opened.convert(mode)))
-    except _NOT_IMAGES as error:
+            decoded = image.convert(mode)
+        else:
+            with image, Image.open(image) as opened:
+                decoded = opened.convert(mode)
+    except Exception as error:  # Pillow's decoders raise anything over damaged files
         return _reason(error)
+    return torch.as_tensor(transform(decoded))
 
 
 def _reason(error: BaseException) -> str:

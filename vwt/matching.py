@@ -41,6 +41,11 @@ def check_threshold(threshold: float) -> None:
         raise ArgumentError(f"threshold is {threshold}; expected a cosine distance in [0, 2]")
 
 
+def within(similarity: Tensor, threshold: float) -> Tensor:
+    """Whether cosine similarities are within a threshold of cosine distance, up to rounding."""
+    return similarity >= 1.0 - threshold - _ROUNDING
+
+
 def nearest_words(features: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine similarity to, and id of, the nearest word of each patch, by comparing all pairs in float32.
 
@@ -50,7 +55,7 @@ def nearest_words(features: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]
 
     Returns:
         Similarities (...) float32 and ids (...) int64. Ties go to the lower id. A patch of length zero has
-        similarity 0 to every word.
+        similarity 0 to every word. On a GPU that is told to multiply in TF32, similarities are as coarse as that.
     """
     flat = F.normalize(features.reshape(-1, features.shape[-1]).float(), dim=-1)
     rows = max(1, _BLOCK // max(1, directions.shape[0]))
@@ -113,7 +118,7 @@ class WordIndex(nn.Module):
                 return self._match_all(features, threshold)
             patches = F.normalize(features.reshape(-1, features.shape[-1]).float(), dim=-1)
             if not len(patches):
-                return torch.empty(features.shape[:-1], dtype=torch.int64)
+                return features.new_empty(features.shape[:-1], dtype=torch.int64)
             rows = max(1, _BLOCK // len(self.directions))
             ids = [self._match(block, threshold) for block in patches.split(rows)]
             return torch.cat(ids).view(features.shape[:-1])
@@ -126,7 +131,7 @@ class WordIndex(nn.Module):
         """By comparing all pairs in float32."""
         similarity, index = nearest_words(features, self.directions)
         index = index if self.all_differ else self.ids[index]
-        return torch.where(similarity >= 1.0 - threshold - _ROUNDING, index, -1)
+        return torch.where(within(similarity, threshold), index, -1)
 
     def _match(self, patches: Tensor, threshold: float) -> Tensor:
         """By ruling pairs out, for unit patches (M, D)."""
@@ -153,7 +158,7 @@ class WordIndex(nn.Module):
         bounds = torch.mm(self.coarse, short.T).view(-1, _TILE, len(patches))  # (tiles, 64, M)
         tops = _ordered(bounds).amax(1)  # (tiles, M)
         tile = tops.argmax(0)
-        every = torch.arange(len(patches))
+        every = torch.arange(len(patches), device=patches.device)
         promising = _ordered(bounds)[tile, :, every].argmax(1) + _TILE * tile
         known = (patches * self.directions[promising.clamp(max=len(self.directions) - 1)]).sum(1)
         floor = known.clamp_(min=least).sub_(_SLACK)
@@ -228,12 +233,12 @@ def _first_of_each(directions: Tensor) -> Tensor:
     first: dict[bytes, int] = {}
     for word, row in enumerate(directions.numpy()):
         first.setdefault(row.tobytes(), word)
-    return torch.tensor(list(first.values()))
+    return torch.tensor(list(first.values()), device=directions.device)
 
 
 def _distinct(ids: Tensor, count: int) -> Tensor:
     """The ids below `count` that occur, ascending."""
-    return torch.zeros(count, dtype=torch.bool).index_fill_(0, ids, True).nonzero()[:, 0]
+    return torch.zeros(count, dtype=torch.bool, device=ids.device).index_fill_(0, ids, True).nonzero()[:, 0]
 
 
 def _highest(values: Tensor, owner: Tensor, count: int) -> Tensor:
@@ -251,7 +256,8 @@ def _bfloat16_is_faster() -> bool:
     """Whether this processor multiplies bfloat16 matrices faster than float32; the answer stays exact either way."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(4096, _COARSE + 2, dtype=dtype), torch.ones(_COARSE + 2, 192, dtype=dtype)
+        left = torch.ones(4096, _COARSE + 2, dtype=dtype, device="cpu")
+        right = torch.ones(_COARSE + 2, 192, dtype=dtype, device="cpu")
         runs = []
         for _ in range(5):
             begin = time.perf_counter()

@@ -120,24 +120,43 @@ class _AttentionWithinImages(TorchFunctionMode):
     def __init__(self, packed: Packed) -> None:
         super().__init__()
         self.lengths = list(packed.lengths)
-        half = packed.values.is_cuda and packed.values.dtype in (torch.float16, torch.bfloat16)
-        self.offsets = packed.offsets.int() if half and varlen_attn is not None else None
+        self.packed = packed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value, *rest = args
-        options = [*rest, *kwargs.values()]
-        if self.offsets is not None and not any(option for option in options if not isinstance(option, Tensor)):
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        if _varlen_takes(query, key, value, [*rest, *kwargs.values()]):
             return self._varlen(query, key, value)
         runs = zip(*(t.split(self.lengths, dim=-2) for t in (query, key, value)), strict=True)
-        return torch.cat([func(q, k, v, *rest, **kwargs) for q, k, v in runs], dim=-2)
+        # Joined in the memory order of tokens, heads last, which is what blocks make of it next.
+        attention = F.scaled_dot_product_attention
+        outputs = [attention(q, k, v, *rest, **kwargs).transpose(-3, -2) for q, k, v in runs]
+        return torch.cat(outputs, dim=-3).transpose(-3, -2)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # (T, H, d)
-        longest = max(self.lengths)
-        output = varlen_attn(q, k, v, self.offsets, self.offsets, longest, longest)  # type: ignore[arg-type]
+        offsets, longest = self.packed.offsets.int(), max(self.lengths)
+        output = varlen_attn(q, k, v, offsets, offsets, longest, longest)
         return output.transpose(0, 1)[None]  # type: ignore[union-attr]
+
+
+def _varlen_takes(query: Tensor, key: Tensor, value: Tensor, options: list[Any]) -> bool:
+    """Whether variable-length attention, which has one kernel, can stand for the fused call with these options."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and query.shape == key.shape == value.shape
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and all(
+            option is None or option is False or (isinstance(option, float) and option == 0.0) for option in options
+        )
+        and torch.cuda.get_device_capability(query.device)[0] >= 8
+    )

@@ -1,5 +1,6 @@
 """The folder of a build: made beside the codebook, kept when the build is interrupted, removed when it is complete."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vwt.errors import CodebookError
+
+# A failed write, and not a lost connection or a worker that could not be started.
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 
 
 @contextmanager
@@ -40,6 +44,8 @@ def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterat
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except OSError as error:
+        if error.errno not in _OF_DISKS:
+            raise
         raise CodebookError(
             f"could not write {error.filename or folder}: {error.strerror or error}; make room and go on with --resume"
         ) from error

@@ -23,7 +23,7 @@ class VWTokenizer(nn.Module):
     """Wraps a timm Vision Transformer and reduces its tokens before the first block.
 
     It answers like the model: the same images, the same output, attributes and state dict. The model is not changed,
-    and can be used beside it.
+    and can be used beside it. Load weights before wrapping: that is when a codebook is checked against them.
 
     Args:
         model: see `vwt.backbones.SUPPORTED`.

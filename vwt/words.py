@@ -138,9 +138,13 @@ def fill(words: Words) -> Words:
     rows, columns = words.grid
     place = torch.cartesian_prod(*(torch.arange(n, device=dropped.device) for n in (rows, columns)))
     distance = (place[:, None] - place[None]).square().sum(-1)  # (N, N)
-    far = rows * rows + columns * columns
-    nearest = torch.stack([(distance + far * image).argmin(1) for image in dropped])
-    return Words(words.group.gather(1, nearest), words.weight, words.counts, words.grid, words.count)
+    if words.kept is not None:
+        group = distance[words.kept].argmin(1)  # token i is the patch kept[i]
+    else:
+        far = rows * rows + columns * columns
+        nearest = torch.stack([(distance + far * image).argmin(1) for image in dropped])
+        group = words.group.gather(1, nearest)
+    return Words(group, words.weight, words.counts, words.grid, words.count)
 
 
 @torch.compiler.disable  # a value decides what is done next
