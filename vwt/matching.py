@@ -29,8 +29,8 @@ _SLACK = 1e-5
 # Principal directions of the sketches, which have two columns more: of short words, and of long ones in two steps.
 _SHORT, _COARSE, _FINE = 46, 62, 126
 _TILE = 64  # words whose bounds are looked at together
-# Below so many numbers in the words, or above such a threshold, ruling pairs out costs more than comparing them.
-_FEW_NUMBERS, _FAR = 400_000, 0.5
+# For so few words or products, or above such a threshold, ruling pairs out costs more than comparing them.
+_FEW_WORDS, _FEW_PRODUCTS, _FAR = 400, 100_000_000, 0.5
 # Nor does fetching one pair at a time pay where more than this part of them is left.
 _MANY = 64
 
@@ -92,7 +92,7 @@ class WordIndex(nn.Module):
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("directions", directions, persistent=False)
         self.all_differ = len(ids) == len(words)
-        self.sketched = directions.numel() >= _FEW_NUMBERS and words.shape[1] > 2 * _SHORT
+        self.sketched = len(directions) >= _FEW_WORDS and words.shape[1] > 2 * _SHORT
         if self.sketched:
             self.long = words.shape[1] > 2 * _FINE
             basis = principal_directions(directions, _FINE if self.long else _SHORT)
@@ -114,11 +114,10 @@ class WordIndex(nn.Module):
             threshold: cosine distance in [0, 2]; a word at exactly this distance matches. Ties go to the lower id.
         """
         with torch.autocast(features.device.type, enabled=False):  # which would multiply in half precision
-            if not self.sketched or threshold > _FAR or features.device.type != "cpu":
+            few = features.numel() * len(self.directions) < _FEW_PRODUCTS or not features.numel()
+            if few or not self.sketched or threshold > _FAR or features.device.type != "cpu":
                 return self._match_all(features, threshold)
             patches = F.normalize(features.reshape(-1, features.shape[-1]).float(), dim=-1)
-            if not len(patches):
-                return features.new_empty(features.shape[:-1], dtype=torch.int64)
             rows = max(1, _BLOCK // len(self.directions))
             ids = [self._match(block, threshold) for block in patches.split(rows)]
             return torch.cat(ids).view(features.shape[:-1])
