@@ -83,7 +83,7 @@ def measure_parts(arguments: argparse.Namespace, model: nn.Module) -> dict[str, 
     for _ in range(RUNS):
         begin = time.perf_counter()
         for _ in range(2):
-            for _ in source.batches(32, workers=workers):
+            for _ in source.batches(4, workers=workers):
                 pass
         runs["decode"].append(time.perf_counter() - begin)
         begin = time.perf_counter()

@@ -1,6 +1,9 @@
 """What is needed of a timm model: embed, blocks, head."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +184,10 @@ def create_model(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise ModelError(f"no checkpoint file at {checkpoint}")
     try:
-        if checkpoint is not None:
-            return timm.create_model(name, checkpoint_path=os.fspath(checkpoint)).eval()
-        return timm.create_model(name, pretrained=weights).eval()
+        with _quiet("huggingface_hub", "timm"):  # which log each attempt; what went wrong is said below
+            if checkpoint is not None:
+                return timm.create_model(name, checkpoint_path=os.fspath(checkpoint)).eval()
+            return timm.create_model(name, pretrained=weights).eval()
     # timm, huggingface_hub, safetensors and torch each raise errors of their own.
     except Exception as error:
         detail = first_line(error)
@@ -195,3 +199,17 @@ def create_model(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
             f"no pretrained weights for {name}: {detail} Give a file of weights (--checkpoint), or see that the hub "
             "is in reach"
         ) from error
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Hold back the warnings of other libraries' loggers."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from vwt.backbones import create_model
 from vwt.building import BACKENDS, BuildConfig, BuildReport, run_build
+from vwt.datasets import check_source
 from vwt.errors import VWTError
 from vwt.patches import SPACES
 
@@ -80,6 +81,7 @@ def _build(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         split=arguments.split,
     )
+    check_source(arguments.source)  # before weights are fetched
     # Pixels need no weights, only the model's patch size and normalisation.
     needs_weights = arguments.space == "embedding"
     model = create_model(arguments.model, arguments.checkpoint, weights=needs_weights)

@@ -153,7 +153,8 @@ def _reason(error: BaseException) -> str:
     return first_line(error)
 
 
-def _open(source: str, split: str, root: str | None) -> Any:
+def check_source(source: str) -> None:
+    """Raise DataError unless a source is there, as far as its name tells."""
     remote = source.lower().startswith(_REMOTE)
     if not remote and not Path(source).exists():
         raise DataError(
@@ -162,6 +163,11 @@ def _open(source: str, split: str, root: str | None) -> Any:
         )
     if not remote and Path(source).is_file() and Path(source).suffix != ".tar":
         raise DataError(f"{source} is a file, but no tar file; give a folder of images or a .tar archive")
+
+
+def _open(source: str, split: str, root: str | None) -> Any:
+    check_source(source)
+    remote = source.lower().startswith(_REMOTE)
     try:
         dataset = create_dataset(source if remote else "", root=root if remote else source, split=split)
     # The factory's readers raise whatever their library does: assertion, import, network and value errors.
