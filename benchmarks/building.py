@@ -13,7 +13,6 @@ Three tables:
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,11 +26,13 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
+from harness import hardware
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
 from vwt.backbones import create_model
 from vwt.building import BuildConfig, run_build
+from vwt.cli import Parser
 from vwt.clustering import kmeans
 from vwt.datasets import ImageSource
 from vwt.errors import VWTError
@@ -44,7 +45,7 @@ RUNS = 3
 
 def main() -> int:
     """Print the tables; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="building", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder of images")
     parser.add_argument("--model", required=True)
     parser.add_argument("--checkpoint")
@@ -59,8 +60,7 @@ def main() -> int:
         if arguments.peak_of:
             return print_peak(arguments, model)
         results = {
-            "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}, faiss {faiss.__version__}",
+            "hardware": f"{hardware(torch.device('cpu'), 'float32')}, faiss {faiss.__version__}",
             "parts": measure_parts(arguments, model),
             "clustering": measure_clustering(arguments, model),
         }

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import timm
@@ -40,14 +40,6 @@ Row = dict[str, Any]
 Calls = dict[str, Callable[[int], Any]]
 # Seconds (items, runs), by role.
 Seconds = dict[str, np.ndarray]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, except that a wrong call is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

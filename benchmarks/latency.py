@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from harness import (
     Bench,
     Calls,
-    Parser,
     Row,
     Seconds,
     add_common,
@@ -55,6 +54,7 @@ from torch import Tensor, nn
 
 from vwt import InterImage, IntraImage, VWTokenizer
 from vwt.backbones import Backbone
+from vwt.cli import Parser
 from vwt.errors import ArgumentError, VWTError
 from vwt.patches import Space
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vwt import InterImage
 from vwt.backbones import Backbone
-from vwt.matching import nearest_words
+from vwt.matching import nearest_words, within
 from vwt.patches import PatchSpec, Space, patchify
 
 TIMED = 32  # batches
@@ -68,7 +68,7 @@ def features_of(bench: Bench, images: Tensor, space: Space) -> Tensor:
 def brute_force(features: Tensor, directions: Tensor, threshold: float) -> Tensor:
     """The nearest word (...) of features (..., D), or -1, from the cosines of all pairs with directions (K, D)."""
     similarity, index = nearest_words(features, directions)
-    return torch.where(similarity >= 1.0 - threshold - 1e-6, index, -1)
+    return torch.where(within(similarity, threshold), index, -1)
 
 
 def compare(features: Tensor, directions: Tensor, threshold: float, own: Tensor, expected: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from vwt.errors import VWTError
 from vwt.patches import SPACES
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse, except that a wrong call is one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -33,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vwt", description="Visual words for Vision Transformers.")
+    parser = Parser(prog="vwt", description="Visual words for Vision Transformers.")
     commands = parser.add_subparsers(title="commands", required=True)
     _add_build(commands)
     return parser
 
 
-def _add_build(commands: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_build(commands: "argparse._SubParsersAction[Parser]") -> None:
     default = BuildConfig()
     build = commands.add_parser(
         "build",

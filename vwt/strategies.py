@@ -4,6 +4,7 @@ A strategy reads the features of its `space` and says which patches make which t
 except through `bind`.
 """
 
+import copy
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -91,7 +92,9 @@ class InterImage(nn.Module):
 
     def bind(self, spec: PatchSpec) -> "InterImage":
         """The same strategy with the codebook in the model's terms; raises MismatchError if it was made for another."""
-        return InterImage(self.codebook.for_model(spec), self.threshold)
+        codebook = self.codebook.for_model(spec)
+        # A copy, which another device may have, without building the index of the same words again.
+        return copy.deepcopy(self) if codebook is self.codebook else InterImage(codebook, self.threshold)
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Words:
         """Features (B, N, D) in the codebook's space to Words, a data-dependent number of tokens an image."""

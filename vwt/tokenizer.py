@@ -44,7 +44,7 @@ class VWTokenizer(nn.Module):
             raise ArgumentError("the model is wrapped already; wrap its .model with the new strategy")
         if strategy is not None and (isinstance(strategy, type) or not isinstance(strategy, Strategy)):
             raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
-        Backbone(model)
+        self.backbone = Backbone(model)
         self.model: Any = model
         self.strategy: Any = None
         if strategy is not None:
@@ -56,19 +56,13 @@ class VWTokenizer(nn.Module):
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
-    @property
-    def backbone(self) -> Backbone:
-        """The model's parts."""
-        return Backbone(self.model)
-
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), normalised for the model, to what `model(images)` would return.
 
         Raises:
             ImageError: for images of the wrong shape, size or dtype.
         """
-        backbone = self.backbone
-        backbone.check(images)
+        self.backbone.check(images)
         if self.strategy is None or not len(images):
             return self.model.forward_head(self._encode_all(images))
         packed, words = self._pack(images)
@@ -159,6 +153,6 @@ def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 
 
 def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    names = {name for name, _ in module.model.state_dict(keep_vars=True).items()}  # type: ignore[union-attr]
+    names = module.model.state_dict(keep_vars=True)  # type: ignore[union-attr]
     for name in [n for n in state if n.removeprefix(prefix) in names]:
         state[prefix + "model." + name.removeprefix(prefix)] = state.pop(name)
