@@ -26,7 +26,6 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import hardware
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
@@ -35,6 +34,7 @@ from vwt.building import BuildConfig, run_build
 from vwt.cli import Parser
 from vwt.clustering import kmeans
 from vwt.datasets import ImageSource
+from vwt.environment import hardware
 from vwt.errors import VWTError
 from vwt.features import FeatureStream
 from vwt.matching import nearest_words

@@ -4,7 +4,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -84,24 +82,6 @@ def space_and_words(text: str) -> tuple[Space, int]:
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
-
-
-def hardware(device: torch.device, precision: str) -> str:
-    """One line on where the figures come from."""
-    where = f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
-    if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)}, {where}"
-    return (
-        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, "
-        f"Python {platform.python_version()}, {precision}"
-    )
-
-
-def cpu_model(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, from Linux where it says so."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def open_device(arguments: argparse.Namespace) -> torch.device:

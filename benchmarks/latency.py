@@ -38,7 +38,6 @@ from harness import (
     add_common,
     autocast,
     exponent,
-    hardware,
     load_codebooks,
     load_model,
     open_device,
@@ -55,6 +54,7 @@ from torch import Tensor, nn
 from vwt import InterImage, IntraImage, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.cli import Parser
+from vwt.environment import hardware
 from vwt.errors import ArgumentError, VWTError
 from vwt.patches import Space
 

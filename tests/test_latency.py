@@ -190,13 +190,6 @@ def test_compare_answers():
         assert matching.compare(features, directions, 0.1, torch.tensor([own]), expected).tolist() == checks
 
 
-def test_cpu_model(tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\nmodel name\t: A Processor: 3\nmodel name\t: Another\n")
-    assert harness.cpu_model(info) == "A Processor: 3"
-    assert harness.cpu_model(tmp_path / "missing")
-
-
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
