@@ -69,6 +69,11 @@ def make_packed(*lengths):
     return Packed(torch.randn(sum(lengths), WIDTH, generator=torch.Generator().manual_seed(1)), lengths)
 
 
+def unbiased(blocks):
+    """Blocks to which nothing is added."""
+    return lambda tokens, bias: blocks(tokens)
+
+
 def run_alone(blocks, packed):
     return torch.cat([blocks(run[None])[0] for run in packed.split()])
 
@@ -100,7 +105,7 @@ def test_packed_equals_alone(name):
     blocks, packed = make_blocks(**OPTIONS[name]), make_packed(5, 1, 12, 5)
     alone = run_alone(blocks, packed)
     assert packable(blocks)
-    torch.testing.assert_close(run_blocks(blocks, packed).values, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run_blocks(unbiased(blocks), packed).values, alone, atol=1e-5, rtol=1e-5)
     assert (blocks(packed.values[None])[0] - alone).abs().max() > 1e-2  # what crossing images would do
 
 
@@ -108,7 +113,9 @@ def test_packed_equals_alone(name):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_dense_equals_alone(name):
     blocks, packed = make_blocks(**OPTIONS[name]), make_packed(7, 7)
-    torch.testing.assert_close(run_blocks(blocks, packed).values, run_alone(blocks, packed), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        run_blocks(unbiased(blocks), packed).values, run_alone(blocks, packed), atol=1e-5, rtol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -118,14 +125,14 @@ def test_unfused_attention_equals_alone(name):
     for module in blocks.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-    result = run_blocks(blocks, packed, crossing=not packable(blocks))
+    result = run_blocks(unbiased(blocks), packed, crossing=not packable(blocks))
     torch.testing.assert_close(result.values, run_alone(blocks, packed), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_attention_of_an_unknown_kind_equals_alone():
     blocks, packed = make_blocks(attn_layer=ExplicitAttention), make_packed(5, 1, 12)
-    result = run_blocks(blocks, packed, crossing=not packable(blocks))
+    result = run_blocks(unbiased(blocks), packed, crossing=not packable(blocks))
     torch.testing.assert_close(result.values, run_alone(blocks, packed), atol=1e-5, rtol=1e-5)
 
 
@@ -133,7 +140,7 @@ def test_train_mode_equals_alone_with_its_gradient():
     blocks, packed = make_blocks().train(), make_packed(5, 1, 12)
     assert not packable(blocks)
     gradients = []
-    for result in (run_blocks(blocks, packed, crossing=True).values, run_alone(blocks, packed)):
+    for result in (run_blocks(unbiased(blocks), packed, crossing=True).values, run_alone(blocks, packed)):
         result.square().sum().backward()
         gradients.append(blocks[0].attn.qkv.weight.grad)
         blocks.zero_grad()
@@ -145,7 +152,7 @@ def test_stochastic_depth_drops_whole_images():
     """In train mode a branch of a block is dropped for an image as a whole, whatever happens to its batch mates."""
     blocks, packed = make_blocks(drop_path_rate=0.7)[-1].train(), make_packed(*range(2, 18))
     torch.manual_seed(0)
-    result = run_blocks(blocks, packed, crossing=not packable(blocks))
+    result = run_blocks(unbiased(blocks), packed, crossing=not packable(blocks))
     kept = [(after == before).all(1) for after, before in zip(result.split(), packed.split(), strict=True)]
     assert all(rows.all() or not rows.any() for rows in kept)
     assert 0 < sum(rows.all().item() for rows in kept) < len(kept)
@@ -156,7 +163,7 @@ def test_other_calls_of_attention_are_left_alone():
     """Attention is answered image by image only within `run_blocks`."""
     blocks, packed = make_blocks(), make_packed(5, 1, 12)
     before = blocks(packed.values[None])
-    run_blocks(blocks, packed)
+    run_blocks(unbiased(blocks), packed)
     assert torch.equal(blocks(packed.values[None]), before)
 
 
@@ -165,7 +172,7 @@ def test_the_order_of_images_does_not_matter():
     runs = packed.split()
     turned = Packed(torch.cat(runs[::-1]), packed.lengths[::-1])
     with torch.no_grad():
-        there, back = run_blocks(blocks, packed).split(), run_blocks(blocks, turned).split()[::-1]
+        there, back = run_blocks(unbiased(blocks), packed).split(), run_blocks(unbiased(blocks), turned).split()[::-1]
     for one, other in zip(there, back, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -173,10 +180,10 @@ def test_the_order_of_images_does_not_matter():
 def test_blocks_are_called_once_where_images_may_run_together():
     shapes = []
     for packed, crossing in ((make_packed(4, 4), True), (make_packed(2, 3), False), (make_packed(2, 3), True)):
-        run_blocks(lambda tokens: shapes.append(tuple(tokens.shape)) or tokens, packed, crossing=crossing)
+        run_blocks(lambda tokens, bias: shapes.append(tuple(tokens.shape)) or tokens, packed, crossing=crossing)
     assert shapes == [(2, 4, WIDTH), (1, 5, WIDTH), (1, 2, WIDTH), (1, 3, WIDTH)]
 
 
 def test_blocks_may_be_any_function():
     packed = make_packed(2, 3)
-    assert torch.equal(run_blocks(nn.Identity(), packed).values, packed.values)
+    assert torch.equal(run_blocks(unbiased(nn.Identity()), packed).values, packed.values)

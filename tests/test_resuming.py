@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from vwt.documents import write_json
 from vwt.errors import CodebookError
-from vwt.resuming import SavedTensors, open_sample, read_json, work_folder, write_json
+from vwt.resuming import SavedTensors, open_sample, read_json, work_folder
 
 resource = pytest.importorskip("resource", reason="limits the size of files, which needs Unix")
 

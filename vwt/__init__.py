@@ -4,8 +4,19 @@ from importlib.metadata import version
 
 from vwt.building import build_codebook
 from vwt.codebook import Codebook
+from vwt.pruning import Merge, Prune
+from vwt.schedule import PruningSchedule
 from vwt.strategies import InterImage, IntraImage
 from vwt.tokenizer import VWTokenizer
 
 __version__ = version("vwt")
-__all__ = ["Codebook", "InterImage", "IntraImage", "VWTokenizer", "build_codebook"]
+__all__ = [
+    "Codebook",
+    "InterImage",
+    "IntraImage",
+    "Merge",
+    "Prune",
+    "PruningSchedule",
+    "VWTokenizer",
+    "build_codebook",
+]

@@ -2,9 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -13,16 +15,18 @@ import torch.nn.functional as F
 from timm.layers import PatchDropout, PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vwt.errors import ImageError, ModelError, first_line
 from vwt.packing import Packed, packable, run_blocks, unpack
 from vwt.patches import embed
+from vwt.pruning import Half, Reduction, Step, follow, reduce_between
 from vwt.words import Words, fill, unmerge
 
 # By exact class: a subclass may have another forward pass, and the result would be silently wrong.
 SUPPORTED: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
+NOTHING: Mapping[int, Reduction] = MappingProxyType({})
 _POOLS = ("", "token", "avg", "max", "avgmax")
 
 
@@ -57,6 +61,11 @@ class Backbone:
     def prefix(self) -> int:
         """Number of prefix tokens: class, distillation and register tokens."""
         return int(self.model.num_prefix_tokens)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.model.blocks)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Images (B, C, H, W) to what the blocks will see, before anything is reduced.
@@ -110,44 +119,90 @@ class Backbone:
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, n, D) through the norm before the blocks, the blocks and the norm after them."""
         tokens = self.model.norm_pre(self.model.patch_drop(tokens))
-        return self.model.norm(self._blocks(tokens))
+        return self.model.norm(self._run(self.model.blocks, tokens))
 
-    def encode_packed(self, packed: Packed) -> Packed:
-        """The same for packed sequences of any number of tokens; every image as if alone."""
+    def encode_packed(self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING) -> tuple[Packed, list[Step]]:
+        """The same for packed sequences of any number of tokens; every image as if alone.
+
+        Args:
+            packed: the sequences.
+            reductions: by the index of the block inside which they happen, between attention and MLP.
+
+        Returns:
+            The encoded sequences, and for each reduction how its tokens became fewer.
+        """
+        steps: list[Step] = []
         if not packed.lengths:
-            return packed
+            return packed, steps
         packed = packed.replace(self.model.norm_pre(packed.values))
-        crossing = not packed.is_dense and not self._packable()
-        packed = run_blocks(self._blocks, packed, crossing=crossing)
-        return packed.replace(self.model.norm(packed.values))
+        crossing = not self._packable()
+        start, blocks = 0, self.model.blocks
+        for index in sorted(reductions):
+            packed = run_blocks(partial(self._run, list(blocks)[start:index]), packed, crossing=crossing)
+            first, second = self._halves(blocks[index])
+            packed, step = reduce_between(first, second, packed, reductions[index], self.prefix, crossing=crossing)
+            steps.append(step)
+            start = index + 1
+        packed = run_blocks(partial(self._run, list(blocks)[start:] if start else blocks), packed, crossing=crossing)
+        return packed.replace(self.model.norm(packed.values)), steps
 
     def _packable(self) -> bool:
         # Checkpointed blocks run again in the backward pass, when nothing answers their attention image by image.
         recomputed = self.model.grad_checkpointing and torch.is_grad_enabled()
         return packable(self.model.blocks) and not recomputed
 
-    def _blocks(self, tokens: Tensor) -> Tensor:
+    def _run(self, blocks: Any, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Tokens (B, n, D) through blocks, with what is added to the attention logits (B, 1, 1, n)."""
+        if bias is not None:
+            blocks = [partial(block, attn_mask=bias) for block in blocks]
         if self.model.grad_checkpointing:
-            return checkpoint_seq(self.model.blocks, tokens)
-        return self.model.blocks(tokens)
+            return checkpoint_seq(blocks, tokens)
+        if isinstance(blocks, nn.Sequential):
+            return blocks(tokens)
+        for block in blocks:
+            tokens = block(tokens)
+        return tokens
 
-    def full(self, packed: Packed, words: Words) -> Tensor:
-        """Encoded tokens to the full grid (B, P + N, C): every patch takes the value of its token."""
+    @staticmethod
+    def _halves(block: Any) -> tuple[Half, Half]:
+        """A block up to what follows its attention, and the rest of it."""
+
+        def attention(tokens: Tensor, bias: Tensor | None) -> Tensor:
+            if isinstance(block, ResPostBlock):
+                return tokens + block.drop_path1(block.norm1(block.attn(tokens, attn_mask=bias)))
+            return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens), attn_mask=bias)))
+
+        def mlp(tokens: Tensor, bias: Tensor | None) -> Tensor:
+            if isinstance(block, ResPostBlock):
+                return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))
+            return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+        return attention, mlp
+
+    def full(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
+        """Encoded tokens to the full grid (B, P + N, C): every patch takes the value of its token.
+
+        Args:
+            packed: what `encode_packed` gave.
+            words: of the tokens that entered the first block.
+            steps: what `encode_packed` gave.
+        """
         prefix, merged = unpack(packed, self.prefix)
-        return torch.cat([prefix, unmerge(merged, words)], dim=1)
+        return torch.cat([prefix, unmerge(merged, follow(fill(words), steps))], dim=1)
 
-    def head(self, packed: Packed, words: Words) -> Tensor:
-        """Encoded tokens to the model's output, each token weighed by the number of patches that it stands for.
+    def head(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
+        """Encoded tokens (see `full`) to the model's output, each weighed by the patches that it stands for.
 
         The head is the model's own: it pools over one token that already is the pool of all.
         """
         model = self.model
         if model.global_pool == "":
-            return model.forward_head(self.full(packed, words))
+            return model.forward_head(self.full(packed, words, steps))
         prefix, _ = unpack(packed, self.prefix)
         if model.global_pool == "token":
             return model.forward_head(prefix)
-        sizes = fill(words).sizes
+        words = follow(fill(words), steps)
+        sizes = words.sizes
         if packed.is_dense:
             images = [(packed.dense(), sizes.view(len(packed.lengths), -1))]
         else:

@@ -26,11 +26,12 @@ from tqdm import tqdm
 from vwt.clustering import StreamingKMeans, kmeans, reservoir_slots
 from vwt.codebook import Codebook, check_free
 from vwt.datasets import ImageSource
+from vwt.documents import write_json
 from vwt.errors import ArgumentError, CodebookError, DataError
 from vwt.features import FeatureStream
 from vwt.matching import check_threshold, nearest_words, within
 from vwt.patches import SPACES, PatchSpec, Space
-from vwt.resuming import SavedTensors, check_begun, open_sample, read_json, work_folder, write_json
+from vwt.resuming import SavedTensors, check_begun, open_sample, read_json, work_folder
 
 Backend = Literal["faiss", "sklearn"]
 BACKENDS: tuple[Backend, ...] = ("faiss", "sklearn")

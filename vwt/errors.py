@@ -24,8 +24,12 @@ class CodebookError(VWTError):
     """A codebook is missing, damaged, unfinished or written by a newer version."""
 
 
+class DocumentError(VWTError):
+    """A schedule, profile or plan cannot be read or written: missing, cut short, of another version."""
+
+
 class MismatchError(VWTError):
-    """A codebook was made for another patch size, projection or normalisation than the model's."""
+    """A codebook, profile or plan was made for another model, or another way of running it."""
 
 
 class ModelError(VWTError):

@@ -5,7 +5,8 @@ matrix; only attention must not cross from one image to the next. The model's ow
 sequence, and the calls that they make to `scaled_dot_product_attention` are answered image by image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +28,15 @@ class Packed:
     Attributes:
         values: (T, C), T tokens in all.
         lengths: tokens of each image, prefix tokens included; they sum to T.
+        sizes: (T,) float32, patches that each token stands for; None where all are 1.
+        counted: (T,) float32, how often attention counts each token as a key; None where all are 1.
         is_dense: whether all images have as many tokens.
     """
 
     values: Tensor
     lengths: tuple[int, ...]
+    sizes: Tensor | None = None
+    counted: Tensor | None = None
     is_dense: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,25 +57,36 @@ class Packed:
         return self.values.split(list(self.lengths))
 
     def replace(self, values: Tensor) -> "Packed":
-        """Other values of the same lengths."""
-        return Packed(values, self.lengths)
+        """Other values of the same tokens."""
+        return Packed(values, self.lengths, self.sizes, self.counted)
+
+    def runs(self, values: Tensor) -> list[Tensor]:
+        """What belongs to the tokens (T, ...) as dense tensors (b, n, ...): one of all images, or one for each."""
+        if self.is_dense:
+            return [values.unflatten(0, (len(self.lengths), -1 if self.lengths else 0))]
+        return [run[None] for run in values.split(list(self.lengths))]
 
 
-def pack(prefix: Tensor, merged: Tensor, counts: tuple[int, ...]) -> Packed:
+def pack(prefix: Tensor, merged: Tensor, counts: tuple[int, ...], sizes: Tensor | None = None) -> Packed:
     """Put prefix tokens (B, P, C) before each image's run of merged tokens (T, C).
 
     Args:
         prefix: class, distillation and register tokens.
         merged: tokens image after image, as `vwt.words.merge` gives them.
         counts: tokens of each image, which sum to T.
+        sizes: (T,) float32, patches in each merged token; None where all are 1.
     """
-    batch, count, width = prefix.shape
-    lengths = tuple(count + n for n in counts)
+    lengths = tuple(prefix.shape[1] + n for n in counts)
+    if sizes is not None:
+        sizes = _join(sizes.new_ones(*prefix.shape[:2], 1), sizes[:, None], counts)[:, 0]
+    return Packed(_join(prefix, merged, counts), lengths, sizes)
+
+
+def _join(prefix: Tensor, merged: Tensor, counts: tuple[int, ...]) -> Tensor:
+    batch, _, width = prefix.shape
     if len(set(counts)) <= 1:
-        dense = torch.cat([prefix, merged.view(batch, -1 if batch else 0, width)], dim=1)
-        return Packed(dense.flatten(0, 1), lengths)
-    runs = [run for pair in zip(prefix, merged.split(list(counts)), strict=True) for run in pair]
-    return Packed(torch.cat(runs), lengths)
+        return torch.cat([prefix, merged.view(batch, -1 if batch else 0, width)], dim=1).flatten(0, 1)
+    return torch.cat([run for pair in zip(prefix, merged.split(list(counts)), strict=True) for run in pair])
 
 
 def unpack(packed: Packed, prefix: int) -> tuple[Tensor, Tensor]:
@@ -95,52 +111,84 @@ def packable(blocks: nn.Module) -> bool:
     )
 
 
-def run_blocks(blocks: Callable[[Tensor], Tensor], packed: Packed, *, crossing: bool = False) -> Packed:
+def run_blocks(
+    blocks: Callable[[Tensor, Tensor | None], Tensor],
+    packed: Packed,
+    *,
+    crossing: bool = False,
+    attend: Callable[..., Tensor] | None = None,
+) -> Packed:
     """Run transformer blocks on packed sequences, each image as if alone.
 
     Args:
-        blocks: from tokens (B, n, C) to tokens of the same shape.
+        blocks: from tokens (B, n, C), and what is added to the attention logits (B, 1, 1, n) or None, to tokens of the
+            same shape.
         packed: the sequences.
         crossing: the blocks are not `packable`; images of different lengths run one after another.
+        attend: called in the place of F.scaled_dot_product_attention, once for each of `packed.runs`.
     """
-    if packed.is_dense:
-        return packed.replace(blocks(packed.dense()).flatten(0, 1))
-    if crossing:
-        return packed.replace(torch.cat([blocks(run[None])[0] for run in packed.split()]))
-    with _AttentionWithinImages(packed):
-        return packed.replace(blocks(packed.values[None])[0])
+    runs, bias = packed.runs(packed.values), _biases(packed)
+    if len(runs) > 1 and not crossing:
+        with _Attention(attend or F.scaled_dot_product_attention, packed, bias):
+            return packed.replace(blocks(packed.values[None], None)[0])
+    with nullcontext() if attend is None else _Attention(attend):
+        outputs = [blocks(run, extra) for run, extra in zip(runs, bias, strict=True)]
+    values = [output.flatten(0, 1) for output in outputs]
+    return packed.replace(values[0] if len(values) == 1 else torch.cat(values))
 
 
-class _AttentionWithinImages(TorchFunctionMode):
-    """Answers fused attention over a packed sequence (1, H, T, d) image by image.
+def _biases(packed: Packed) -> list[Tensor | None]:
+    """What is added to the attention logits of each of the runs, (b, 1, 1, n) or None."""
+    if packed.counted is None:
+        return [None] * (1 if packed.is_dense else len(packed.lengths))
+    return [bias[:, None, None] for bias in packed.runs(packed.counted.log().to(packed.values.dtype))]
 
-    On a GPU in half precision that is one call of variable-length attention, else one fused call an image.
+
+class _Attention(TorchFunctionMode):
+    """Answers fused attention in another way.
+
+    Over a packed sequence (1, H, T, d) it is answered image by image: with one call an image, or, on a GPU in half
+    precision, one call of variable-length attention.
+
+    Args:
+        attend: what answers; called like F.scaled_dot_product_attention.
+        packed: the sequence, if there is one of images of different lengths.
+        bias: for each image of the sequence, (1, 1, 1, n) that is added to the attention logits, or None.
     """
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(
+        self, attend: Callable[..., Tensor], packed: Packed | None = None, bias: Sequence[Tensor | None] = ()
+    ) -> None:
         super().__init__()
-        self.lengths = list(packed.lengths)
-        self.packed = packed
+        self.attend, self.packed, self.bias = attend, packed, bias
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
+        if self.packed is None:
+            return self.attend(*args, **(kwargs or {}))
+        return self._attend_packed(self.packed, *args, **(kwargs or {}))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        if _varlen_takes(query, key, value, [*rest, *kwargs.values()]):
-            return self._varlen(query, key, value)
-        runs = zip(*(t.split(self.lengths, dim=-2) for t in (query, key, value)), strict=True)
+    def _attend_packed(
+        self, packed: Packed, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
+    ) -> Tensor:
+        options = [*rest, *kwargs.values(), *self.bias]
+        if self.attend is F.scaled_dot_product_attention and _varlen_takes(query, key, value, options):
+            return self._varlen(packed, query, key, value)
+        runs = zip(*(t.split(list(packed.lengths), dim=-2) for t in (query, key, value)), self.bias, strict=True)
         # Joined in the memory order of tokens, heads last, which is what blocks make of it next.
-        attention = F.scaled_dot_product_attention
-        outputs = [attention(q, k, v, *rest, **kwargs).transpose(-3, -2) for q, k, v in runs]
+        outputs = [
+            self.attend(q, k, v, *rest, **(kwargs if bias is None else {**kwargs, "attn_mask": bias})).transpose(-3, -2)
+            for q, k, v, bias in runs
+        ]
         return torch.cat(outputs, dim=-3).transpose(-3, -2)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    @staticmethod
+    def _varlen(packed: Packed, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))  # (T, H, d)
-        offsets, longest = self.packed.offsets.int(), max(self.lengths)
+        offsets, longest = packed.offsets.int(), max(packed.lengths)
         output = varlen_attn(q, k, v, offsets, offsets, longest, longest)
         return output.transpose(0, 1)[None]  # type: ignore[union-attr]
 

@@ -52,13 +52,6 @@ def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterat
     shutil.rmtree(folder)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds either the old or the new value, never half of one."""
-    fresh = path.with_suffix(".fresh")
-    fresh.write_text(json.dumps(value))
-    os.replace(fresh, path)
-
-
 def read_json(path: Path) -> Any:
     """Read what `write_json` wrote."""
     try:

@@ -9,6 +9,8 @@ from vwt.backbones import Backbone
 from vwt.errors import ArgumentError
 from vwt.packing import Packed, pack
 from vwt.patches import PatchSpec, patchify
+from vwt.pruning import follow
+from vwt.schedule import PruningSchedule
 from vwt.strategies import Strategy
 from vwt.words import Words, keep_patches, merge
 
@@ -20,7 +22,7 @@ _DELEGATED = frozenset(
 
 
 class VWTokenizer(nn.Module):
-    """Wraps a timm Vision Transformer and reduces its tokens before the first block.
+    """Wraps a timm Vision Transformer and reduces its tokens before the first block, and inside the blocks.
 
     It answers like the model: the same images, the same output, attributes and state dict. The model is not changed,
     and can be used beside it. Load weights before wrapping: that is when a codebook is checked against them.
@@ -29,22 +31,31 @@ class VWTokenizer(nn.Module):
         model: see `vwt.backbones.SUPPORTED`.
         strategy: which patches make which token (`InterImage`, `IntraImage`); None reduces nothing, and returns what
             the model returns, bit for bit.
+        schedule: which blocks make still fewer of them; None or an empty one leaves them alone. An image with too few
+            tokens for it, as a strategy that gives each its own number may leave, loses as many as it can.
 
     Raises:
         ModelError: if the model is not supported.
+        ArgumentError: if the schedule is for more blocks or tokens than there are.
         MismatchError: if the strategy's codebook was made for another model.
 
     >>> fast = VWTokenizer(model, InterImage(codebook, threshold=0.1))  # doctest: +SKIP
     >>> logits = fast(images)  # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module, strategy: Strategy | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, strategy: Strategy | None = None, schedule: PruningSchedule | None = None
+    ) -> None:
         super().__init__()
         if isinstance(model, VWTokenizer):
             raise ArgumentError("the model is wrapped already; wrap its .model with the new strategy")
         if strategy is not None and (isinstance(strategy, type) or not isinstance(strategy, Strategy)):
             raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
+        if schedule is not None and not isinstance(schedule, PruningSchedule):
+            raise ArgumentError(f"schedule is {schedule!r}; expected vwt.PruningSchedule({{block: tokens to remove}})")
         self.backbone = Backbone(model)
+        self.schedule = schedule or PruningSchedule({})
+        self.schedule.check(self.backbone.depth)
         self.model: Any = model
         self.strategy: Any = None
         if strategy is not None:
@@ -63,7 +74,7 @@ class VWTokenizer(nn.Module):
             ImageError: for images of the wrong shape, size or dtype.
         """
         self.backbone.check(images)
-        if self.strategy is None or not len(images):
+        if self._changes_nothing(images):
             return self.model.forward_head(self._encode_all(images))
         packed, words = self._pack(images)
         answer = self._answer if packed.is_dense else self._answer_uncompiled
@@ -79,11 +90,11 @@ class VWTokenizer(nn.Module):
                 first, and their Words.
         """
         self.backbone.check(images)
-        if unmerge and (self.strategy is None or not len(images)):
+        if unmerge and self._changes_nothing(images):
             return self._encode_all(images)
         packed, words = self._pack(images)
-        packed = self.backbone.encode_packed(packed)
-        return self.backbone.full(packed, words) if unmerge else (packed, words)
+        packed, steps = self.backbone.encode_packed(packed, self.schedule)
+        return self.backbone.full(packed, words, steps) if unmerge else (packed, follow(words, steps))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """The model's own head on features of the full grid (B, P + N, C)."""
@@ -95,21 +106,30 @@ class VWTokenizer(nn.Module):
         _, words = self._reduce(images)
         return words
 
+    def _changes_nothing(self, images: Tensor) -> bool:
+        return not len(images) or (self.strategy is None and not self.schedule)
+
     def _encode_all(self, images: Tensor) -> Tensor:
         _, tokens, _ = self.backbone.embed(images)
         return self.backbone.encode(tokens)
 
     def _pack(self, images: Tensor) -> tuple[Packed, Words]:
         tokens, words = self._reduce(images)
+        if words.count is not None:
+            self.schedule.check(self.backbone.depth, words.count)
         merge_and_pack = self._merge_and_pack_uncompiled if words.count is None else self._merge_and_pack
         return merge_and_pack(tokens, words), words
 
     def _merge_and_pack(self, tokens: Tensor, words: Words) -> Packed:
+        if self.strategy is None:
+            return Packed(tokens.flatten(0, 1), (tokens.shape[1],) * len(tokens))
         prefix = self.backbone.prefix
-        return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths)
+        sizes = words.sizes if self.schedule and words.kept is None else None
+        return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes)
 
     def _answer(self, packed: Packed, words: Words) -> Tensor:
-        return self.backbone.head(self.backbone.encode_packed(packed), words)
+        packed, steps = self.backbone.encode_packed(packed, self.schedule)
+        return self.backbone.head(packed, words, steps)
 
     # torch.compile would compile these again for each list of lengths. What runs uncompiled hands on a tensor, of whose
     # length compiled code can be independent.

@@ -4,7 +4,7 @@ Patches, not prefix tokens: class and register tokens never come here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -35,7 +35,7 @@ class Words:
 
     Attributes:
         group: (B, N) int64, the token of each patch, numbered from 0 within its image in row-major order of first
-            appearance; -1 where the patch is dropped.
+            appearance (in the order of the tokens, once a block has made fewer of them); -1 where the patch is dropped.
         weight: (B, N) float32, the patch's share in its token; sums to 1 over each token, 0 where dropped.
         counts: (B,) int64, tokens an image, prefix tokens not counted.
         grid: (rows, columns) of the patches, rows * columns = N.
@@ -116,6 +116,26 @@ def merge(tokens: Tensor, words: Words) -> Tensor:
         return tokens.gather(1, words.kept[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
     weighted = tokens * words.weight[..., None]  # float32, or wider
     return _sum_rows(weighted, words).to(tokens.dtype)
+
+
+def regroup(words: Words, places: Tensor, counts: tuple[int, ...]) -> Words:
+    """Words whose tokens were made into fewer ones, each a mean weighted by the patches that the former stood for.
+
+    Args:
+        words: of which image after image has T tokens.
+        places: (T,) int64, the new number of each token in its image.
+        counts: new tokens of each image.
+    """
+    count = counts[0] if words.count is not None and counts else None
+    new = Words(
+        torch.where(words.group >= 0, places[words.rows.clamp(min=0)], -1),
+        words.weight,
+        torch.tensor(counts, device=places.device),
+        words.grid,
+        count,
+    )
+    share = words.sizes[words.rows.clamp(min=0)] / new.sizes[new.rows.clamp(min=0)]
+    return replace(new, weight=words.weight * share)
 
 
 def unmerge(merged: Tensor, words: Words) -> Tensor:

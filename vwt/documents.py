@@ -1,0 +1,61 @@
+"""JSON files that say what they are: schedules, profiles and plans."""
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vwt.errors import DocumentError
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write JSON so that `path` holds either the old or the new value, never half of one."""
+    fresh = path.with_suffix(".fresh")
+    fresh.write_text(json.dumps(value, indent=indent))
+    os.replace(fresh, path)
+
+
+def save_document(path: str | os.PathLike[str], kind: str, version: int, fields: dict[str, Any]) -> None:
+    """Write fields with a first line that says what they are.
+
+    Raises:
+        DocumentError: if the file cannot be written.
+    """
+    try:
+        write_json(Path(path), {"format": f"vwt {kind}", "version": version, **fields}, indent=1)
+    except OSError as error:
+        raise DocumentError(f"cannot write the {kind} {path}: {error.strerror}; choose another file") from error
+
+
+def load_document(path: str | os.PathLike[str], kind: str, version: int, fields: Collection[str]) -> dict[str, Any]:
+    """Read what `save_document` wrote.
+
+    Args:
+        path: the file.
+        kind: "schedule", "profile", "plan".
+        version: the only one that is known.
+        fields: that it must have, and no others.
+
+    Raises:
+        DocumentError: if the file is missing, cut short, of another kind or version, or has other fields.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise DocumentError(f"cannot read the {kind} {path}: {error.strerror}") from error
+    except ValueError as error:  # JSON and Unicode errors
+        raise DocumentError(f"{path} is damaged or no {kind}: {error}; write it again") from error
+    if not isinstance(content, dict) or content.get("format") != f"vwt {kind}":
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise DocumentError(f"{path} is no {kind} of vwt (its format is {found!r}); expected 'vwt {kind}'")
+    if content.get("version") != version:
+        raise DocumentError(
+            f"{path} is of version {content.get('version')!r}, this vwt reads version {version}; write it again"
+        )
+    found = {name: value for name, value in content.items() if name not in ("format", "version")}
+    unknown, missing = sorted(set(found) - set(fields)), sorted(set(fields) - set(found))
+    if unknown or missing:
+        faults = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"without {', '.join(missing)}"] * bool(missing)
+        raise DocumentError(f"the {kind} {path} has not the fields of one: {'; '.join(faults)}; write it again")
+    return found

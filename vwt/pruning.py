@@ -1,0 +1,418 @@
+"""Fewer tokens inside a block, between its attention and its MLP: pruning and merging.
+
+Pruning is that of "Pruning One More Token is Enough" (Eliopoulos et al., WACV 2025, arXiv 2407.05941), section 3.2,
+except that an image's scores depend on that image alone, and that any number of prefix tokens is left in peace. Merging
+is the bipartite soft matching of "Token Merging" (Bolya et al., ICLR 2023, arXiv 2210.09461), section 3, done once with
+a large count rather than a little in every block.
+
+Shapes: B images, n tokens of which the first P are prefix tokens and m = n - P are patches (or words), H heads, C
+channels. All functions are dense; `vwt.backbones` calls them on a batch of equal lengths, or image by image.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vwt.errors import ArgumentError, ModelError
+from vwt.packing import Packed, run_blocks
+from vwt.words import Words, regroup
+
+Attend: TypeAlias = Callable[..., Tensor]  # called like F.scaled_dot_product_attention
+# Tokens (B, n, C) and what is added to the attention logits (B, 1, 1, n), or None, to tokens.
+Half: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Plan(Protocol):
+    """Which tokens become which, for a batch."""
+
+    def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, n, C) with sizes (B, n) float32, None where all are 1, to fewer: (B, n', C) and (B, n')."""
+        ...
+
+    def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
+        """How often attention counts the new tokens (B, n'), None where once each.
+
+        Args:
+            counted: (B, n) float32, how often it counts the former ones, None where once each.
+            sizes: (B, n), the former sizes.
+            total: (B, n'), the new ones.
+        """
+        ...
+
+    def places(self) -> Tensor:
+        """(B, m) int64: the new place of each patch token, prefix tokens not counted."""
+        ...
+
+
+@dataclass(frozen=True, repr=False)
+class Reduction:
+    """How many of the patch tokens that enter a block leave it.
+
+    Args:
+        amount: tokens to remove, at least 1, or their share, in (0, 1).
+
+    Raises:
+        ArgumentError: for any other amount.
+    """
+
+    amount: int | float
+
+    def __post_init__(self) -> None:
+        amount = self.amount
+        whole = isinstance(amount, int) and not isinstance(amount, bool)
+        if not (amount >= 1 if whole else isinstance(amount, float) and 0 < amount < 1):
+            raise ArgumentError(f"{self}: expected a number of tokens to remove, at least 1, or a share in (0, 1)")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.amount!r})"
+
+    @property
+    def kind(self) -> str:
+        """The operation's name in files and tables."""
+        return type(self).__name__.lower()
+
+    @staticmethod
+    def most(patches: int) -> int:
+        """The most tokens that it can remove of so many."""
+        raise NotImplementedError
+
+    def wanted(self, patches: int) -> int:
+        """Tokens to remove of so many, whether that can be done or not."""
+        return self.amount if isinstance(self.amount, int) else int(self.amount * patches + 1e-9)
+
+    def removed(self, patches: int) -> int:
+        """Tokens that are removed of so many: what is wanted, as far as there are enough."""
+        return max(0, min(self.wanted(patches), self.most(patches)))
+
+    def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
+        """Attention that appends to `seen` what `plan` needs."""
+        raise NotImplementedError
+
+    def plan(self, seen: Tensor, prefix: int) -> Plan:
+        """The plan for what was seen of a batch."""
+        raise NotImplementedError
+
+
+class Prune(Reduction):
+    """Keep the most important patches, and replace the others by one token, their mean.
+
+    The R + 1 least important (see `importance`) become one token, so that R tokens less go on. The mean is weighted by
+    the patches that each token stands for.
+
+    Args:
+        amount: R, at least 1, or its share of the patch tokens that enter, in (0, 1).
+    """
+
+    @staticmethod
+    def most(patches: int) -> int:
+        """One patch stays beside the mean of the others."""
+        return patches - 2
+
+    def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
+        """Explicit attention, of which the scores (B, m) are made; it is not computed twice."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+            output, weights = attend_explicitly(query, key, value, *rest, **options)
+            seen.append(importance(query, key, value, prefix, weights))
+            return output
+
+        return attend
+
+    def plan(self, seen: Tensor, prefix: int) -> "PrunePlan":
+        """Importance (B, m) to what is kept and what is dropped."""
+        return prune(seen, self.removed(seen.shape[1]), prefix)
+
+
+class Merge(Reduction):
+    """Merge the most similar pairs of patches into their mean.
+
+    The R most similar pairs (see `match`) become one token each, the mean weighted by the patches that each stands for.
+    From then on attention counts each token as often as tokens were merged into it (proportional attention).
+
+    Args:
+        amount: R, at least 1, or its share of the patch tokens that enter, in (0, 1); at most a half.
+    """
+
+    @staticmethod
+    def most(patches: int) -> int:
+        """Every other token can merge into one of the rest."""
+        return patches // 2
+
+    def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
+        """Fused attention; the keys' mean over the heads (B, m, d) is kept."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+            seen.append(key[:, :, prefix:].mean(dim=1))
+            return F.scaled_dot_product_attention(query, key, value, *rest, **options)
+
+        return attend
+
+    def plan(self, seen: Tensor, prefix: int) -> "MergePlan":
+        """Metric (B, m, d) to the pairs."""
+        return match(seen, self.removed(seen.shape[1]), prefix)
+
+
+KINDS: dict[str, type[Reduction]] = {"prune": Prune, "merge": Merge}
+
+
+# -- inside a block ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """How the tokens of packed images became fewer inside a block.
+
+    Attributes:
+        plans: one for each of `Packed.runs`.
+        counts: patch tokens of each image that are left.
+    """
+
+    plans: list[Plan]
+    counts: tuple[int, ...]
+
+
+def reduce_between(
+    attention: Half, mlp: Half, packed: Packed, reduction: Reduction, prefix: int, *, crossing: bool
+) -> tuple[Packed, Step]:
+    """Run a block whose tokens become fewer between its two halves, each image's on its own account.
+
+    Args:
+        attention: the block up to what follows its attention.
+        mlp: the rest of it.
+        packed: the sequences.
+        reduction: what to do.
+        prefix: P.
+        crossing: see `run_blocks`.
+
+    Raises:
+        ModelError: if the block has no fused attention, or several.
+    """
+    seen: list[Tensor] = []
+    before = run_blocks(attention, packed, crossing=crossing, attend=reduction.watch(prefix, seen))
+    runs = before.runs(before.values)
+    if len(seen) != len(runs):
+        raise ModelError(
+            f"a reduction needs blocks that call fused attention once, not {len(seen) // len(runs)} times; leave this "
+            "block out of the schedule, or create the model after timm.layers.set_fused_attn(True)"
+        )
+    plans = [reduction.plan(what, prefix) for what in seen]
+    after = _apply(plans, before, runs)
+    patches = tuple(length - prefix for length in after.lengths)
+    return run_blocks(mlp, after, crossing=crossing), Step(plans, patches)
+
+
+def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
+    nothing: list[Tensor] | list[None] = [None] * len(runs)
+    sizes = nothing if packed.sizes is None else packed.runs(packed.sizes)
+    counted = nothing if packed.counted is None else packed.runs(packed.counted)
+    values, new_sizes, new_counted = [], [], []
+    for plan, tokens, size, count in zip(plans, runs, sizes, counted, strict=True):
+        fewer, total = plan.apply(tokens, size)
+        values.append(fewer)
+        new_sizes.append(total)
+        new_counted.append(plan.count(count, size, total))
+    lengths = tuple(value.shape[1] for value in values for _ in value)
+    once = [count for count in new_counted if count is not None]
+    return Packed(_flat(values), lengths, _flat(new_sizes), _flat(once) if once else None)
+
+
+def _flat(runs: Sequence[Tensor]) -> Tensor:
+    """Runs (b, n, ...) as one sequence (T, ...)."""
+    return runs[0].flatten(0, 1) if len(runs) == 1 else torch.cat([run.flatten(0, 1) for run in runs])
+
+
+def follow(words: Words, steps: Sequence[Step]) -> Words:
+    """Words to those after all reductions inside the blocks."""
+    for step in steps:
+        words = regroup(words, _flat([plan.places() for plan in step.plans]), step.counts)
+    return words
+
+
+# -- pruning -----------------------------------------------------------------------------------------------------------
+
+
+def importance(query: Tensor, key: Tensor, value: Tensor, prefix: int, weights: Tensor | None = None) -> Tensor:
+    """How much the patches' attention and values say of each patch (Prune One More Token, section 3.2).
+
+    The attention that a patch receives from all patches, each time of the strongest head, over the image's largest;
+    plus the softmax over all tokens of its values' sum, each channel of the strongest head.
+
+    Args:
+        query: (B, H, n, d), as attention gets them.
+        key: (B, H, n, d).
+        value: (B, H, n, d).
+        prefix: P tokens that come first; they take no part, except in that softmax.
+        weights: (B, H, n, n), what attention makes of query and key, where it is known already.
+
+    Returns:
+        (B, m) float32.
+    """
+    if weights is None:
+        _, weights = attend_explicitly(query, key, value)
+    received = weights.amax(dim=1)[:, prefix:, prefix:].sum(dim=1, dtype=torch.float32)
+    energy = value.amax(dim=1).sum(dim=-1, dtype=torch.float32).softmax(dim=-1)
+    return received / received.amax(dim=-1, keepdim=True) + energy[:, prefix:]
+
+
+def attend_explicitly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What F.scaled_dot_product_attention answers (B, H, n, d), and its weights (B, H, n, n) before dropout.
+
+    Raises:
+        ArgumentError: for causal or grouped attention, which no Vision Transformer has.
+    """
+    if is_causal or enable_gqa:
+        raise ArgumentError("pruning takes neither causal nor grouped attention; leave this block out of the schedule")
+    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    weights = logits.softmax(dim=-1)
+    return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value, weights
+
+
+def prune(scores: Tensor, removed: int, prefix: int) -> "PrunePlan":
+    """Keep the patches with the highest scores (B, m); the `removed` + 1 others become one token, R fewer in all."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    kept = scores.shape[1] - removed - 1
+    return PrunePlan(order[:, :kept].sort(dim=1).values, order[:, kept:], prefix)
+
+
+@dataclass(frozen=True, eq=False)
+class PrunePlan:
+    """Prefix tokens, kept patches in their order, and the mean of the dropped ones, last.
+
+    Attributes:
+        kept: (B, k) int64, patches, ascending.
+        dropped: (B, R + 1) int64, patches.
+        prefix: P.
+    """
+
+    kept: Tensor
+    dropped: Tensor
+    prefix: int
+
+    def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Plan`."""
+        kept, dropped = self.kept.shape[1], self.dropped.shape[1]
+        order = torch.cat([self.kept, self.dropped], dim=1) + self.prefix
+        patches, first = select(tokens, order), tokens[:, : self.prefix]
+        if sizes is None:
+            mean = patches[:, kept:].mean(dim=1, keepdim=True)
+            total = tokens.new_ones(len(tokens), self.prefix + kept + 1, dtype=torch.float32)
+            total[:, -1] = dropped
+        else:
+            size = select(sizes[..., None], order)
+            last = size[:, kept:].sum(dim=1, keepdim=True)
+            mean = (patches[:, kept:] * (size[:, kept:] / last)).sum(dim=1, keepdim=True).to(tokens.dtype)
+            total = torch.cat([sizes[:, : self.prefix, None], size[:, :kept], last], dim=1)[..., 0]
+        return torch.cat([first, patches[:, :kept], mean], dim=1), total
+
+    def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
+        """See `Plan`; the mean of what was dropped counts once."""
+        if counted is None:
+            return None
+        kept = select(counted[..., None], self.kept + self.prefix)[..., 0]
+        return torch.cat([counted[:, : self.prefix], kept, torch.ones_like(counted[:, :1])], dim=1)
+
+    def places(self) -> Tensor:
+        """See `Plan`."""
+        batch, kept = self.kept.shape
+        places = self.kept.new_full((batch, kept + self.dropped.shape[1]), kept)
+        return places.scatter(1, self.kept, torch.arange(kept, device=places.device).expand(batch, -1))
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def match(metric: Tensor, removed: int, prefix: int) -> "MergePlan":
+    """Bipartite soft matching: every second patch proposes to the most similar of the others; the best pairs merge.
+
+    Args:
+        metric: (B, m, d), compared by cosine.
+        removed: R pairs, at most m // 2.
+        prefix: P tokens that come before the patches, and take no part.
+    """
+    unit = F.normalize(metric, dim=-1)
+    best, partner = (unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)).max(dim=-1)  # (B, m // 2)
+    order = best.argsort(dim=1, descending=True, stable=True)
+    source = order[:, :removed]
+    return MergePlan(order[:, removed:].sort(dim=1).values, source, partner.gather(1, source), metric.shape[1], prefix)
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Prefix tokens, then the odd patches that stay, then the even ones, with what merged into them.
+
+    Attributes:
+        stay: (B, m // 2 - R) int64, which of the odd patches stay, ascending.
+        source: (B, R) int64, which of the odd patches merge.
+        target: (B, R) int64, into which of the even patches.
+        patches: m.
+        prefix: P.
+    """
+
+    stay: Tensor
+    source: Tensor
+    target: Tensor
+    patches: int
+    prefix: int
+
+    def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Plan`."""
+        if sizes is None:
+            sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
+        weighted = tokens * sizes[..., None]  # float32, or wider
+        total = self._sum(sizes[..., None])
+        return (self._sum(weighted) / total).to(tokens.dtype), total[..., 0]
+
+    def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor:
+        """See `Plan`; as often as tokens were merged into one."""
+        if counted is None:
+            if sizes is None:
+                return total
+            counted = torch.ones_like(sizes)
+        return self._sum(counted[..., None])[..., 0]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Values (B, n, C) to their sums over the tokens of each place (B, n - R, C)."""
+        odd, even = values[:, self.prefix + 1 :: 2], values[:, self.prefix :: 2]
+        sums = torch.cat([values[:, : self.prefix], select(odd, self.stay), even], dim=1)
+        first = self.prefix + self.stay.shape[1]
+        index = flat_index(self.target + first, sums.shape[1])
+        merged = sums.flatten(0, 1).index_add(0, index, select(odd, self.source).flatten(0, 1))
+        return merged.view(sums.shape)
+
+    def places(self) -> Tensor:
+        """See `Plan`."""
+        batch, stay = self.stay.shape
+        places = self.stay.new_empty(batch, self.patches)
+        odd = places.new_empty(batch, self.patches // 2)
+        odd = odd.scatter(1, self.stay, torch.arange(stay, device=odd.device).expand(batch, -1))
+        places[:, 1::2] = odd.scatter(1, self.source, self.target + stay)
+        places[:, ::2] = torch.arange(stay, stay + places[:, ::2].shape[1], device=odd.device)
+        return places
+
+
+def select(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of values (B, n, C) at the places (B, k) int64 of each image: (B, k, C)."""
+    rows = values.flatten(0, 1).index_select(0, flat_index(index, values.shape[1]))
+    return rows.view(*index.shape, values.shape[2])
+
+
+def flat_index(index: Tensor, count: int) -> Tensor:
+    """Places (B, k) in images of `count` rows each, to rows (B·k,) of all images one after another."""
+    if len(index) == 1:
+        return index[0]
+    return (index + torch.arange(0, len(index) * count, count, device=index.device)[:, None]).flatten()
