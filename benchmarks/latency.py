@@ -32,9 +32,7 @@ import torch
 import torch.nn.functional as F
 from harness import (
     Bench,
-    Calls,
     Row,
-    Seconds,
     add_common,
     autocast,
     exponent,
@@ -57,6 +55,7 @@ from vwt.cli import Parser
 from vwt.environment import hardware
 from vwt.errors import ArgumentError, VWTError
 from vwt.patches import Space
+from vwt.timing import Calls, Seconds
 
 DROPS = (0.25, 0.33, 0.5)
 ALL_WORDS: list[tuple[Space, int]] = [(s, k) for s in ("embedding", "pixel") for k in (100, 1000, 10000)]

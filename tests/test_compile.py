@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_tokenizer import EveryOther, make_images, make_inter
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vwt import IntraImage, VWTokenizer
+from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 # Graphs for the first count of tokens; one more, with any count, for the second.
@@ -26,7 +26,7 @@ def fresh():
 
 def make_model(**options):
     torch.manual_seed(0)
-    return timm.create_model("test_vit", num_classes=10, depth=1, **options).eval()
+    return timm.create_model("test_vit", num_classes=10, **{"depth": 1, **options}).eval()
 
 
 def compile_counted(fast, **options):
@@ -65,6 +65,60 @@ def test_every_pooling_is_one_graph(pool):
     for images in make_batches(2, 2):
         torch.testing.assert_close(compiled(images), fast(images), **CLOSE)
     assert counter.frame_count == 1
+
+
+SCHEDULES = {
+    "prune": PruningSchedule({0: Prune(10)}),
+    "merge": PruningSchedule({0: Merge(10)}),
+    "both": PruningSchedule({0: Merge(0.3), 1: Prune(5)}),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("name", "schedule", "batch"),
+    [("none", "prune", 1), ("none", "merge", 3), ("none", "both", 1), ("intra", "both", 3)],
+)
+def test_reductions_inside_the_blocks_are_one_graph_for_all_images(name, schedule, batch):
+    fast = VWTokenizer(make_model(depth=2), FIXED[name](), SCHEDULES[schedule])
+    compiled, counter = compile_counted(fast, fullgraph=True)
+    for images in make_batches(batch):
+        torch.testing.assert_close(compiled(images), fast(images), **CLOSE)
+    assert counter.frame_count == 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pool", POOLS)
+def test_reductions_under_every_pooling_are_one_graph(pool):
+    fast = VWTokenizer(make_model(depth=2, **POOLS[pool]), IntraImage(0.4), SCHEDULES["both"])
+    compiled, counter = compile_counted(fast, fullgraph=True)
+    for images in make_batches(2, 2):
+        torch.testing.assert_close(compiled(images), fast(images), **CLOSE)
+    assert counter.frame_count == 1
+
+
+@torch.inference_mode()
+def test_compiled_blocks_that_do_not_prune_keep_fused_attention():
+    fast = VWTokenizer(make_model(depth=3), None, PruningSchedule({0: Merge(10), 1: Prune(10)}))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(fast, backend=keep, fullgraph=True)(make_images())
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) == 1
+    assert targets.count(F.scaled_dot_product_attention) == 2
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
+def test_what_inductor_makes_of_reductions():
+    fast = VWTokenizer(make_model(), None, PruningSchedule({0: Prune(10)}))
+    compiled = torch.compile(fast)
+    for images in make_batches(2, 2):
+        torch.testing.assert_close(compiled(images), fast(images), **CLOSE)
 
 
 # -- a number of tokens of its own for every image ---------------------------------------------------------------------
@@ -107,6 +161,18 @@ def test_every_pooling_is_compiled_a_bounded_number_of_times(pool):
             torch.testing.assert_close(compiled(images[order]), fast(images[order]), **CLOSE)
         frames.append(counter.frame_count)
     assert len(set(frames[1:])) == 1
+
+
+@torch.inference_mode()
+def test_reductions_of_images_of_other_counts_are_compiled_a_bounded_number_of_times():
+    images, fast = make_images(), VWTokenizer(make_model(), make_inter(make_model(), "pixel"), SCHEDULES["merge"])
+    compiled, counter = compile_counted(fast)
+    frames = []
+    for first in (1, 2, 3, 0, 1):
+        for order in ([first], [first, (first + 1) % 4]):
+            torch.testing.assert_close(compiled(images[order]), fast(images[order]), **CLOSE)
+        frames.append(counter.frame_count)
+    assert len(set(frames[-3:])) == 1
 
 
 @torch.inference_mode()
@@ -175,6 +241,14 @@ def test_autocast(name):
 def test_gradients(name, size):
     fast = VWTokenizer(make_model(), STRATEGIES[name]())
     weight, images = fast.model.blocks[0].attn.qkv.weight, make_images()[-size:]
+    expected = torch.autograd.grad(fast(images).square().sum(), weight)[0]
+    compiled = torch.compile(fast, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(images).square().sum(), weight)[0], expected, **CLOSE)
+
+
+def test_gradients_through_reductions():
+    fast = VWTokenizer(make_model(depth=2), IntraImage(0.4), SCHEDULES["both"])
+    weight, images = fast.model.blocks[0].attn.qkv.weight, make_images()
     expected = torch.autograd.grad(fast(images).square().sum(), weight)[0]
     compiled = torch.compile(fast, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(images).square().sum(), weight)[0], expected, **CLOSE)

@@ -5,7 +5,7 @@ import timm
 import torch
 from test_tokenizer import EveryOther, make_images, make_inter
 
-from vwt import IntraImage, VWTokenizer
+from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -19,12 +19,18 @@ POOLS = {
 FIXED = {"none": lambda: None, "intra": lambda: IntraImage(0.4), "nothing_dropped": lambda: IntraImage(0)}
 VARYING = {"inter": lambda: make_inter(make_model(), "embedding"), "own": EveryOther}
 CASES = [("intra", pool) for pool in POOLS] + [("none", "token"), ("nothing_dropped", "avg")]
+SCHEDULES = {
+    "prune": PruningSchedule({1: Prune(10)}),
+    "merge": PruningSchedule({1: Merge(10)}),
+    "both": PruningSchedule({0: Merge(0.3), 1: Prune(5)}),
+}
+REDUCED = [("none", "token", "prune"), ("none", "token", "merge"), ("intra", "avg", "both"), ("intra", "all", "both")]
 REFUSED = r"gives every image its own number of tokens, which cannot be exported; export with .* \(IntraImage\)"
 
 
 def make_model(**options):
     torch.manual_seed(0)
-    return timm.create_model("test_vit", num_classes=10, depth=1, **options).eval()
+    return timm.create_model("test_vit", num_classes=10, **{"depth": 1, **options}).eval()
 
 
 def make_batches(number=2):
@@ -39,6 +45,20 @@ def test_an_exported_program_answers_as_eager(name, pool):
     program = torch.export.export(fast, (images,)).module()
     torch.testing.assert_close(program(images), fast(images), **CLOSE)
     torch.testing.assert_close(program(others), fast(others), **CLOSE)
+
+
+def make_reduced(name, pool, schedule):
+    return VWTokenizer(make_model(depth=3, **POOLS[pool]), FIXED[name](), SCHEDULES[schedule])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "pool", "schedule"), REDUCED)
+def test_an_exported_program_reduces_inside_its_blocks(name, pool, schedule):
+    fast, (images, others) = make_reduced(name, pool, schedule), make_batches()
+    program = torch.export.export(fast, (images,)).module()
+    torch.testing.assert_close(program(images), fast(images), **CLOSE)
+    torch.testing.assert_close(program(others), fast(others), **CLOSE)
+    assert (fast(others) - VWTokenizer(fast.model, FIXED[name]())(others)).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -64,18 +84,28 @@ def test_an_exported_program_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(program(others), fast(others), **CLOSE)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "pool"), CASES)
-def test_onnxruntime_answers_as_eager(name, pool):
+def check_onnxruntime(fast):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     onnxruntime = pytest.importorskip("onnxruntime")
-    fast, (images, others) = VWTokenizer(make_model(**POOLS[pool]), FIXED[name]()), make_batches()
+    images, others = make_batches()
     model = torch.onnx.export(fast, (images,), dynamo=True, verbose=False).model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     for batch in (images, others):
         (output,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
         torch.testing.assert_close(torch.from_numpy(output), fast(batch), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "pool"), CASES)
+def test_onnxruntime_answers_as_eager(name, pool):
+    check_onnxruntime(VWTokenizer(make_model(**POOLS[pool]), FIXED[name]()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "pool", "schedule"), REDUCED)
+def test_onnxruntime_reduces_inside_the_blocks(name, pool, schedule):
+    check_onnxruntime(make_reduced(name, pool, schedule))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vwt import Codebook, InterImage, IntraImage, VWTokenizer
+from vwt import Codebook, InterImage, IntraImage, PruningSchedule, VWTokenizer
 from vwt.patches import PatchSpec
 from vwt.words import merge
 
@@ -14,16 +14,25 @@ INTER = {
     "inter_embedding_t020": ("embedding", 0.20),
 }
 INTRA = {"intra_k147": 0.25, "intra_k131": 0.33, "intra_k98": 0.5}
+PRUNED = (28, 56, 84)  # in block 3
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
-@pytest.fixture(scope="module")
-def recorded(shared):
-    path = shared / "reference" / "vwt_reference.npz"
+def read(path):
     if not path.is_file():
         pytest.skip(f"no recorded outputs at {path}")
     with np.load(path) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+@pytest.fixture(scope="module")
+def recorded(shared):
+    return read(shared / "reference" / "vwt_reference.npz")
+
+
+@pytest.fixture(scope="module")
+def pruned(shared):
+    return read(shared / "reference" / "pomt_reference.npz")
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +108,18 @@ def test_tokens(vit_tiny, recorded, images, variant):
     torch.testing.assert_close(tokens[0, 0], expected[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(merged, expected[1 + labels[first]], atol=1e-5, rtol=0)
     assert sorted(labels[first].tolist()) == list(range(len(expected) - 1))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("removed", PRUNED)
+def test_pruning(vit_tiny, recorded, pruned, images, removed, batch):
+    """Logits, and which patches became one token, the last; one at a time and as batch mates."""
+    assert torch.equal(pruned["images"], recorded["images"])
+    fast = VWTokenizer(vit_tiny, schedule=PruningSchedule({3: removed}))
+    logits = torch.cat([fast(part) for part in images.split(batch)])
+    torch.testing.assert_close(logits, pruned[f"R{removed}_logits"], **CLOSE)
+    words = [fast.forward_features(part, unmerge=False)[1] for part in images.split(batch)]
+    assert {count for part in words for count in part.lengths} == {196 - removed}
+    dropped = [(group == 195 - removed).nonzero().flatten().tolist() for part in words for group in part.group]
+    assert dropped == pruned[f"R{removed}_dropped"].tolist()

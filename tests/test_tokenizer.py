@@ -4,13 +4,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
-from vwt import Codebook, InterImage, IntraImage, VWTokenizer
+from vwt import Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, MismatchError, ModelError
 from vwt.packing import Packed
 from vwt.patches import PatchSpec, patchify
-from vwt.words import Words, group_words
+from vwt.words import Words, group_words, unmerge
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -411,3 +412,258 @@ def test_patch_dropout_in_train_mode_is_refused(images):
         torch.manual_seed(0)
         outputs.append(module(images))
     assert torch.equal(*outputs)
+
+
+# -- fewer tokens inside the blocks ------------------------------------------------------------------------------------
+
+SCHEDULES = {"prune": {1: 30}, "merge": {1: Merge(20)}, "several": {0: Merge(0.2), 2: 10, 5: Merge(5)}}
+MODELS = {
+    "token": {},
+    "avg": {"global_pool": "avg"},
+    "max": {"global_pool": "max", "reg_tokens": 2},
+    "avgmax": {"global_pool": "avgmax", "pool_include_prefix": True},
+    "all": {"global_pool": ""},
+    "no_prefix": {"class_token": False, "reg_tokens": 0, "global_pool": "avg"},
+    "distilled": {"name": "deit_tiny_distilled_patch16_224", "img_size": 160, "num_heads": 2},
+    "norms": {"qk_norm": True, "init_values": 0.5, "pre_norm": True},
+    "res_post": {"block_fn": ResPostBlock, "init_values": 0.5},
+}
+
+
+def make_model(name="test_vit", **options):
+    """A model whose attention is far from uniform, so that equally important tokens are not a matter of rounding."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"num_classes": 10, "embed_dim": 64, "depth": 6, **options}).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_reduced(strategy, schedule, **options):
+    model = make_model(**options)
+    return VWTokenizer(model, STRATEGIES[strategy](model), PruningSchedule(SCHEDULES[schedule]))
+
+
+@pytest.fixture(params=[(strategy, schedule) for strategy in STRATEGIES for schedule in SCHEDULES], ids="-".join)
+def reduced(request):
+    return make_reduced(*request.param)
+
+
+def count_left(counts, schedule):
+    """Tokens of images when all blocks are done."""
+    left = []
+    for count in counts:
+        for _, reduction in sorted(PruningSchedule(schedule).items()):
+            count -= reduction.removed(count)
+        left.append(count)
+    return tuple(left)
+
+
+@torch.inference_mode()
+def test_an_empty_schedule_is_the_model_bit_for_bit(fast, images):
+    empty = VWTokenizer(fast.model, fast.strategy, PruningSchedule({}))
+    assert torch.equal(empty(images), fast(images))
+    if fast.strategy is None:
+        assert torch.equal(empty(images), fast.model(images))
+        assert torch.equal(empty.forward_features(images), fast.model.forward_features(images))
+
+
+@torch.inference_mode()
+def test_a_schedule_changes_something(reduced, images):
+    plain = VWTokenizer(reduced.model, reduced.strategy)
+    change = (reduced(images) - plain(images)).abs().amax(1)
+    assert (change[:2] > 1e-3).all()  # the others repeat patches, which lose little by becoming one
+    assert torch.equal(reduced.tokenize(images).group, plain.tokenize(images).group)  # what enters the first block
+
+
+@torch.inference_mode()
+def test_every_image_is_reduced_as_if_alone(reduced, images):
+    alone = torch.cat([reduced(image[None]) for image in images])
+    torch.testing.assert_close(reduced(images), alone, **CLOSE)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(reduced(images[order]), alone[order], **CLOSE)
+    features = torch.cat([reduced.forward_features(image[None]) for image in images])
+    torch.testing.assert_close(reduced.forward_features(images), features, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_reduced_forward_is_the_head_on_the_features(images, name, strategy):
+    """Each patch of the full grid takes the value of its token, and each token is pooled as often as it has patches."""
+    fast = make_reduced(strategy, "several", **MODELS[name])
+    features = fast.forward_features(images)
+    assert features.shape == (4, fast.num_prefix_tokens + 100, 64)
+    torch.testing.assert_close(fast.forward_head(features), fast(images), atol=1e-4, rtol=1e-4)
+    assert len(features[0].unique(dim=0)) < 80
+
+
+@torch.inference_mode()
+def test_the_words_of_what_is_left(reduced, images):
+    before, plain = reduced.tokenize(images), VWTokenizer(reduced.model, reduced.strategy)
+    packed, after = reduced.forward_features(images, unmerge=False)
+    left = count_left(before.lengths, reduced.schedule)
+    assert max(left) < max(before.lengths)
+    assert after.lengths == tuple(after.counts.tolist()) == left
+    assert packed.lengths == tuple(1 + count for count in left)
+    assert after.grid == (10, 10)
+    assert torch.equal(after.group < 0, before.group < 0)
+    for image, count in enumerate(left):
+        group, weight, former = after.group[image], after.weight[image], before.group[image]
+        seen = group >= 0
+        assert set(group[seen].tolist()) == set(range(count))
+        sums = torch.zeros(count).index_add(0, group[seen], weight[seen])
+        torch.testing.assert_close(sums, torch.ones(count))
+        # Each patch has an equal share of its token, and patches of one word stay together.
+        torch.testing.assert_close(weight[seen].reciprocal(), group[seen].bincount()[group[seen]].float())
+        assert len(set(zip(former[seen].tolist(), group[seen].tolist(), strict=True))) == before.lengths[image]
+    merged = torch.cat([run[1:] for run in packed.split()])
+    features = reduced.forward_features(images)
+    assert torch.equal(unmerge(merged, after), features[:, 1:])
+    assert not torch.equal(features, plain.forward_features(images))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_reducing_no_images(images, schedule):
+    fast = make_reduced("none", schedule, img_size=160, dynamic_img_size=False)
+    assert fast(images[:0]).shape == (0, 10)
+    assert fast.forward_features(images[:0]).shape == (0, 101, 64)
+    packed, words = fast.forward_features(images[:0], unmerge=False)
+    assert packed.lengths == words.lengths == ()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_images_that_are_one_word_have_nothing_to_lose(images, schedule):
+    """A batch of them is dense: as many tokens for each image, though too few."""
+    blank = images[:2, :, :16, :16].repeat(1, 1, 10, 10)
+    fast = make_reduced("inter_pixel", schedule)
+    assert fast.tokenize(blank).lengths == (1, 1)
+    expected = VWTokenizer(fast.model, fast.strategy)(blank)
+    torch.testing.assert_close(fast(blank), expected, **CLOSE)
+    together = fast(torch.cat([blank, images]))
+    torch.testing.assert_close(together, torch.cat([expected, fast(images)]), **CLOSE)
+
+
+def test_the_model_is_not_changed_by_a_schedule(images):
+    model = make_model()
+    state, expected = copy.deepcopy(model.state_dict()), model(images)
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    fast = VWTokenizer(model, None, PruningSchedule(SCHEDULES["several"]))
+    fast(images)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(images), expected)
+    assert list(fast.state_dict()) == list(state)
+
+
+@torch.inference_mode()
+def test_a_deep_copy_reduces_alike(images):
+    fast = make_reduced("intra", "several")
+    assert torch.equal(copy.deepcopy(fast)(images), fast(images))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reduced_in_half_precision(reduced, images, dtype):
+    """Which tokens go is a matter of rounding; how many is not, and the answer is near."""
+    expected = reduced(images)
+    half = reduced.to(dtype)
+    output = half(images.to(dtype))
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+    assert F.cosine_similarity(output.float(), expected).min() > 0.95
+    packed, _ = half.forward_features(images.to(dtype), unmerge=False)
+    assert packed.values.dtype == dtype
+    assert packed.lengths == tuple(
+        1 + count for count in count_left(half.tokenize(images.to(dtype)).lengths, half.schedule)
+    )
+
+
+@torch.inference_mode()
+def test_reduced_in_autocast(reduced, images):
+    expected = reduced(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = reduced(images)
+    assert output.dtype == torch.bfloat16
+    assert F.cosine_similarity(output.float(), expected).min() > 0.95
+
+
+def test_the_gradient_reaches_every_parameter_through_reductions(reduced, images):
+    images.requires_grad_()
+    F.cross_entropy(reduced(images), torch.arange(4)).backward()
+    for name, parameter in reduced.model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert images.grad.any()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("blocks", [(1,), (0, 5)], ids=repr)
+@pytest.mark.parametrize("strategy", ["none", "inter_pixel"])
+def test_gradient_checkpointing_changes_no_gradient_through_reductions(images, strategy, blocks, mode):
+    model = make_model()
+    schedule = PruningSchedule({block: (Prune, Merge)[place % 2](9) for place, block in enumerate(reversed(blocks))})
+    fast = VWTokenizer(model, STRATEGIES[strategy](model), schedule).train(mode)
+    weight = model.blocks[0].attn.qkv.weight
+    expected = torch.autograd.grad(fast(images).square().sum(), weight)[0]
+    fast.set_grad_checkpointing()
+    gradient = torch.autograd.grad(fast(images).square().sum(), weight)[0]
+    assert gradient.any()
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["none", "inter_pixel"])
+def test_training_with_dropout_and_reductions(images, strategy):
+    fast = make_reduced(strategy, "several", proj_drop_rate=0.2, drop_path_rate=0.2, attn_drop_rate=0.2).train()
+    torch.manual_seed(0)
+    first = fast(images)
+    F.cross_entropy(first, torch.arange(4)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in fast.model.parameters())
+    assert not torch.equal(fast(images), first)
+
+
+@pytest.mark.parametrize("schedule", [{3: 56}, 56, [(3, 56)], Prune(5), PruningSchedule, "3"], ids=repr)
+def test_another_kind_of_schedule_is_refused(small_vit, schedule):
+    with pytest.raises(
+        ArgumentError, match=r"schedule is .*; expected vwt\.PruningSchedule\(\{block: tokens to remove"
+    ):
+        VWTokenizer(small_vit, schedule=schedule)
+
+
+def test_a_schedule_in_the_place_of_a_strategy_is_refused(small_vit):
+    with pytest.raises(ArgumentError, match="strategy is PruningSchedule"):
+        VWTokenizer(small_vit, PruningSchedule({3: 5}))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_schedule_for_more_blocks_is_refused_when_wrapping(small_vit, name):
+    with pytest.raises(ArgumentError, match="names block 6; expected one of the model's 6, from 0 to 5"):
+        VWTokenizer(small_vit, STRATEGIES[name](small_vit), PruningSchedule({6: 5}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "schedule", "message"),
+    [
+        ("none", {1: 99}, r"Prune\(99\) in block 1 removes 99 of the 100 patch tokens .*; expected 1 to 98"),
+        ("none", {1: 0.001}, r"Prune\(0\.001\) in block 1 removes 0 of the 100 patch tokens .*; expected 1 to 98"),
+        ("intra", {1: Merge(31)}, r"Merge\(31\) in block 1 removes 31 of the 60 patch tokens .*; expected 1 to 30"),
+        ("intra", {1: 50, 2: 9}, r"Prune\(9\) in block 2 removes 9 of the 10 patch tokens .*; expected 1 to 8"),
+    ],
+)
+def test_a_schedule_for_more_tokens_is_refused_at_the_first_call(small_vit, images, strategy, schedule, message):
+    fast = VWTokenizer(small_vit, STRATEGIES[strategy](small_vit), PruningSchedule(schedule))
+    for call in (fast, fast.forward_features):
+        with pytest.raises(ArgumentError, match=message) as error:
+            call(images)
+        assert "\n" not in str(error.value)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["inter_pixel", "inter_embedding"])
+def test_a_schedule_for_more_tokens_than_some_images_have(small_vit, images, name):
+    fast = VWTokenizer(small_vit, STRATEGIES[name](small_vit), PruningSchedule({1: 70}))
+    packed, _ = fast.forward_features(images, unmerge=False)
+    assert packed.lengths == (1 + 30, 1 + 11, 1 + 2, 1 + 2)
+    torch.testing.assert_close(fast(images), torch.cat([fast(image[None]) for image in images]), **CLOSE)

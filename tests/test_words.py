@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vwt.words import fill, group_words, keep_patches, merge, unmerge
+from vwt.words import fill, group_words, keep_patches, merge, regroup, unmerge
 
 ROWS, COLUMNS, LABELS = 3, 4, 5
 PATCHES = ROWS * COLUMNS
@@ -110,6 +110,98 @@ def test_dropped_patches_take_the_value_of_the_nearest_kept_one(kept):
     assert filled.sizes.sum().item() == PATCHES * len(kept)
     merged = merge(tokens_of(words), words)
     assert torch.equal(unmerge(merged, words), unmerge(merged, filled))
+
+
+@st.composite
+def regroupings(draw, words):
+    """For each image, the new place of each of its tokens; every place is taken."""
+    rows = []
+    for length in words.lengths:
+        count = draw(st.integers(1, length)) if words.count is None or not rows else max(rows[0]) + 1
+        every = draw(
+            st.permutations(
+                [
+                    *range(count),
+                    *draw(st.lists(st.integers(0, count - 1), min_size=length - count, max_size=length - count)),
+                ]
+            )
+        )
+        rows.append(every)
+    return rows
+
+
+def check_regrouped(words, rows):
+    counts = tuple(max(row) + 1 for row in rows)
+    new = regroup(words, torch.tensor([place for row in rows for place in row]), counts)
+    assert new.lengths == counts == tuple(new.counts.tolist())
+    assert new.count == (None if words.count is None else counts[0])
+    assert new.kept is None
+    assert new.grid == words.grid
+    expected = [
+        [-1 if token < 0 else row[token] for token in group]
+        for row, group in zip(rows, words.group.tolist(), strict=True)
+    ]
+    assert new.group.tolist() == expected
+    assert new.sizes.tolist() == [
+        group.count(token) for group, count in zip(expected, counts, strict=True) for token in range(count)
+    ]
+    assert new.weight.dtype == torch.float32
+    assert (new.weight[words.group < 0] == 0).all()
+    torch.testing.assert_close(merge(torch.ones(len(rows), PATCHES, 1), new), torch.ones(sum(counts), 1))
+    # Merging the patches is merging the words, each weighed by its patches.
+    tokens = tokens_of(words)
+    merged, sizes = merge(tokens, words).split(words.lengths), words.sizes.split(words.lengths)
+    means = []
+    for row, image, size, count in zip(rows, merged, sizes, counts, strict=True):
+        for place in range(count):
+            parts = [token for token, where in enumerate(row) if where == place]
+            means.append(sum(size[token] * image[token] for token in parts) / sum(size[token] for token in parts))
+    torch.testing.assert_close(merge(tokens, new), torch.stack(means))
+    return new
+
+
+@given(batches, st.data())
+def test_regrouped_words_equal_a_loop(labels, data):
+    words = grouped(labels)
+    check_regrouped(words, data.draw(regroupings(words)))
+
+
+@given(kept_batches, st.data())
+def test_regrouped_patches_equal_a_loop(kept, data):
+    """Dropped patches stay dropped, and are filled as they would have been before."""
+    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS))
+    rows = data.draw(regroupings(words))
+    new = check_regrouped(words, rows)
+    places = torch.tensor([place for row in rows for place in row])
+    assert torch.equal(fill(new).group, regroup(fill(words), places, new.lengths).group)
+
+
+@given(batches, st.data())
+def test_words_may_be_regrouped_again(labels, data):
+    words = grouped(labels)
+    first = data.draw(regroupings(words))
+    once = check_regrouped(words, first)
+    second = data.draw(regroupings(once))
+    twice = check_regrouped(once, second)
+    both = [[after[place] for place in before] for before, after in zip(first, second, strict=True)]
+    at_once = check_regrouped(words, both)
+    assert torch.equal(twice.group, at_once.group)
+    torch.testing.assert_close(twice.weight, at_once.weight)
+
+
+def test_regrouping_into_the_same_changes_nothing():
+    words = grouped([[0, 1, -1] * 4, [2, 2, 0] * 4])
+    same = regroup(words, torch.cat([torch.arange(length) for length in words.lengths]), words.lengths)
+    assert torch.equal(same.group, words.group)
+    torch.testing.assert_close(same.weight, words.weight)
+
+
+def test_regrouping_no_images():
+    words = group_words(torch.zeros(0, PATCHES, dtype=torch.int64), LABELS, (ROWS, COLUMNS))
+    new = regroup(words, torch.zeros(0, dtype=torch.int64), ())
+    assert new.lengths == ()
+    assert new.counts.dtype == torch.int64
+    assert new.group.shape == (0, PATCHES)
 
 
 @given(batches)

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from timm.layers import PatchDropout, PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from vwt.errors import ImageError, ModelError, first_line
 from vwt.packing import Packed, packable, run_blocks, unpack
 from vwt.patches import embed
 from vwt.pruning import Half, Reduction, Step, follow, reduce_between
-from vwt.words import Words, fill, unmerge
+from vwt.words import Words, fill, keep_all
 
 # By exact class: a subclass may have another forward pass, and the result would be silently wrong.
 SUPPORTED: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
@@ -63,9 +63,27 @@ class Backbone:
         return int(self.model.num_prefix_tokens)
 
     @property
+    def blocks(self) -> list[Any]:
+        """The transformer blocks, in order."""
+        return list(self.model.blocks)
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.model.blocks)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the model was made for."""
+        patch_embed = self.model.patch_embed
+        size = patch_embed.img_size or self.model.pretrained_cfg["input_size"][1:]
+        return (patch_embed.proj.in_channels, *size)
+
+    @property
+    def patches(self) -> int:
+        """Patches of such an image."""
+        rows, columns = self.model.patch_embed.dynamic_feat_size(self.input_shape[1:])
+        return int(rows * columns)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Images (B, C, H, W) to what the blocks will see, before anything is reduced.
@@ -76,6 +94,12 @@ class Backbone:
         """
         output, grid = embed(self.model.patch_embed, images)
         return output.flatten(1, -2), self.model._pos_embed(output), grid
+
+    def pack_all(self, images: Tensor) -> tuple[Packed, Words]:
+        """Images (B, C, H, W) to all their tokens, before anything is reduced."""
+        _, tokens, grid = self.embed(images)
+        packed = Packed(tokens.flatten(0, 1), (tokens.shape[1],) * len(tokens))
+        return packed, keep_all(len(images), grid, images.device)
 
     def check(self, images: Tensor) -> None:
         """Raise ImageError, saying what to do, unless the model takes these images."""
@@ -119,7 +143,7 @@ class Backbone:
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, n, D) through the norm before the blocks, the blocks and the norm after them."""
         tokens = self.model.norm_pre(self.model.patch_drop(tokens))
-        return self.model.norm(self._run(self.model.blocks, tokens))
+        return self.model.norm(self._run(self.blocks, tokens))
 
     def encode_packed(self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING) -> tuple[Packed, list[Step]]:
         """The same for packed sequences of any number of tokens; every image as if alone.
@@ -131,53 +155,91 @@ class Backbone:
         Returns:
             The encoded sequences, and for each reduction how its tokens became fewer.
         """
+        packed, steps = self.run(self.enter(packed), reductions)
+        return self.leave(packed), steps
+
+    def enter(self, packed: Packed) -> Packed:
+        """Tokens through the norm before the blocks."""
+        return packed.replace(self.model.norm_pre(packed.values))
+
+    def leave(self, packed: Packed) -> Packed:
+        """Tokens through the norm after the blocks."""
+        return packed.replace(self.model.norm(packed.values))
+
+    def run(
+        self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING, start: int = 0, stop: int | None = None
+    ) -> tuple[Packed, list[Step]]:
+        """Tokens through the blocks from `start` to before `stop`; see `encode_packed`."""
         steps: list[Step] = []
+        blocks = self.blocks[:stop]
         if not packed.lengths:
             return packed, steps
-        packed = packed.replace(self.model.norm_pre(packed.values))
-        crossing = not self._packable()
-        start, blocks = 0, self.model.blocks
-        for index in sorted(reductions):
-            packed = run_blocks(partial(self._run, list(blocks)[start:index]), packed, crossing=crossing)
-            first, second = self._halves(blocks[index])
-            packed, step = reduce_between(first, second, packed, reductions[index], self.prefix, crossing=crossing)
+        crossing = self._crossing(packed)
+        for index in sorted(index for index in reductions if start <= index < len(blocks)):
+            packed = run_blocks(partial(self._run, blocks[start:index]), packed, crossing=crossing)
+            attention, mlp = self.halves(blocks[index])
+            packed, step = reduce_between(attention, mlp, packed, reductions[index], self.prefix, crossing=crossing)
             steps.append(step)
             start = index + 1
-        packed = run_blocks(partial(self._run, list(blocks)[start:] if start else blocks), packed, crossing=crossing)
-        return packed.replace(self.model.norm(packed.values)), steps
+        return run_blocks(partial(self._run, blocks[start:]), packed, crossing=crossing), steps
 
-    def _packable(self) -> bool:
+    def _crossing(self, packed: Packed) -> bool:
+        """Whether images of different lengths have to run one after another."""
         # Checkpointed blocks run again in the backward pass, when nothing answers their attention image by image.
         recomputed = self.model.grad_checkpointing and torch.is_grad_enabled()
-        return packable(self.model.blocks) and not recomputed
+        return not packed.is_dense and (recomputed or not packable(self.model.blocks))
 
-    def _run(self, blocks: Any, tokens: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _run(self, blocks: list[Any], tokens: Tensor, bias: Tensor | None = None) -> Tensor:
         """Tokens (B, n, D) through blocks, with what is added to the attention logits (B, 1, 1, n)."""
         if bias is not None:
             blocks = [partial(block, attn_mask=bias) for block in blocks]
-        if self.model.grad_checkpointing:
+        if self.model.grad_checkpointing and blocks:
             return checkpoint_seq(blocks, tokens)
-        if isinstance(blocks, nn.Sequential):
-            return blocks(tokens)
         for block in blocks:
             tokens = block(tokens)
         return tokens
 
     @staticmethod
-    def _halves(block: Any) -> tuple[Half, Half]:
+    def halves(block: Any) -> tuple[Half, Half]:
         """A block up to what follows its attention, and the rest of it."""
 
         def attention(tokens: Tensor, bias: Tensor | None) -> Tensor:
             if isinstance(block, ResPostBlock):
                 return tokens + block.drop_path1(block.norm1(block.attn(tokens, attn_mask=bias)))
-            return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens), attn_mask=bias)))
+            if isinstance(block, Block):
+                return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens), attn_mask=bias)))
+            return block(tokens, attn_mask=bias)  # attention and MLP side by side: what follows both
 
         def mlp(tokens: Tensor, bias: Tensor | None) -> Tensor:
             if isinstance(block, ResPostBlock):
                 return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))
-            return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+            if isinstance(block, Block):
+                return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+            return tokens
 
         return attention, mlp
+
+    @property
+    def reads_prefix_only(self) -> bool:
+        """Whether the head looks at prefix tokens only."""
+        return bool(self.model.global_pool == "token")
+
+    def answer(
+        self, packed: Packed, words: Words, reductions: Mapping[int, Reduction] = NOTHING, start: int = 0
+    ) -> Tensor:
+        """Tokens that enter block `start` to the model's output.
+
+        Where the head reads the prefix tokens only, nothing else goes through the last MLP, and what is scheduled for
+        the last block does not happen.
+        """
+        if not self.reads_prefix_only:
+            packed, steps = self.run(packed, reductions, start)
+            return self.head(self.leave(packed), words, steps)
+        last = self.depth - 1
+        packed, _ = self.run(packed, reductions, start, last)
+        attention, mlp = self.halves(self.blocks[last])
+        prefix, _ = unpack(run_blocks(attention, packed, crossing=self._crossing(packed)), self.prefix)
+        return self.model.forward_head(self.model.norm(mlp(prefix, None)))
 
     def full(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
         """Encoded tokens to the full grid (B, P + N, C): every patch takes the value of its token.
@@ -188,7 +250,7 @@ class Backbone:
             steps: what `encode_packed` gave.
         """
         prefix, merged = unpack(packed, self.prefix)
-        return torch.cat([prefix, unmerge(merged, follow(fill(words), steps))], dim=1)
+        return torch.cat([prefix, merged[follow(fill(words), steps).rows]], dim=1)
 
     def head(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
         """Encoded tokens (see `full`) to the model's output, each weighed by the patches that it stands for.
@@ -199,7 +261,7 @@ class Backbone:
         if model.global_pool == "":
             return model.forward_head(self.full(packed, words, steps))
         prefix, _ = unpack(packed, self.prefix)
-        if model.global_pool == "token":
+        if self.reads_prefix_only:
             return model.forward_head(prefix)
         words = follow(fill(words), steps)
         sizes = words.sizes

@@ -11,9 +11,13 @@ from vwt.errors import DocumentError
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write JSON so that `path` holds either the old or the new value, never half of one."""
-    fresh = path.with_suffix(".fresh")
-    fresh.write_text(json.dumps(value, indent=indent))
-    os.replace(fresh, path)
+    fresh = path.parent / f".{path.name}.fresh"
+    try:
+        fresh.write_text(json.dumps(value, indent=indent))
+        os.replace(fresh, path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def save_document(path: str | os.PathLike[str], kind: str, version: int, fields: dict[str, Any]) -> None:
@@ -44,7 +48,7 @@ def load_document(path: str | os.PathLike[str], kind: str, version: int, fields:
         content = json.loads(Path(path).read_text())
     except OSError as error:
         raise DocumentError(f"cannot read the {kind} {path}: {error.strerror}") from error
-    except ValueError as error:  # JSON and Unicode errors
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested without end
         raise DocumentError(f"{path} is damaged or no {kind}: {error}; write it again") from error
     if not isinstance(content, dict) or content.get("format") != f"vwt {kind}":
         found = content.get("format") if isinstance(content, dict) else type(content).__name__

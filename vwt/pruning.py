@@ -9,7 +9,7 @@ Shapes: B images, n tokens of which the first P are prefix tokens and m = n - P 
 channels. All functions are dense; `vwt.backbones` calls them on a batch of equal lengths, or image by image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -159,6 +159,15 @@ class Merge(Reduction):
 KINDS: dict[str, type[Reduction]] = {"prune": Prune, "merge": Merge}
 
 
+def patches_entering(reductions: Mapping[int, Reduction], blocks: int, patches: int) -> list[int]:
+    """Patch tokens that enter each of `blocks` blocks, and, last, those that leave, when so many enter the first."""
+    counts = [patches]
+    for block in range(blocks):
+        reduction = reductions.get(block)
+        counts.append(counts[-1] - (reduction.removed(counts[-1]) if reduction else 0))
+    return counts
+
+
 # -- inside a block ----------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +264,8 @@ def importance(query: Tensor, key: Tensor, value: Tensor, prefix: int, weights: 
         _, weights = attend_explicitly(query, key, value)
     received = weights.amax(dim=1)[:, prefix:, prefix:].sum(dim=1, dtype=torch.float32)
     energy = value.amax(dim=1).sum(dim=-1, dtype=torch.float32).softmax(dim=-1)
-    return received / received.amax(dim=-1, keepdim=True) + energy[:, prefix:]
+    # Where prefix tokens get all attention, all patches get none.
+    return received / received.amax(dim=-1, keepdim=True).clamp_min(1e-30) + energy[:, prefix:]
 
 
 def attend_explicitly(
@@ -284,7 +294,7 @@ def attend_explicitly(
 
 def prune(scores: Tensor, removed: int, prefix: int) -> "PrunePlan":
     """Keep the patches with the highest scores (B, m); the `removed` + 1 others become one token, R fewer in all."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = scores.sort(dim=1, descending=True).indices
     kept = scores.shape[1] - removed - 1
     return PrunePlan(order[:, :kept].sort(dim=1).values, order[:, kept:], prefix)
 
@@ -305,26 +315,21 @@ class PrunePlan:
 
     def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Plan`."""
-        kept, dropped = self.kept.shape[1], self.dropped.shape[1]
-        order = torch.cat([self.kept, self.dropped], dim=1) + self.prefix
-        patches, first = select(tokens, order), tokens[:, : self.prefix]
-        if sizes is None:
-            mean = patches[:, kept:].mean(dim=1, keepdim=True)
-            total = tokens.new_ones(len(tokens), self.prefix + kept + 1, dtype=torch.float32)
-            total[:, -1] = dropped
-        else:
-            size = select(sizes[..., None], order)
-            last = size[:, kept:].sum(dim=1, keepdim=True)
-            mean = (patches[:, kept:] * (size[:, kept:] / last)).sum(dim=1, keepdim=True).to(tokens.dtype)
-            total = torch.cat([sizes[:, : self.prefix, None], size[:, :kept], last], dim=1)[..., 0]
-        return torch.cat([first, patches[:, :kept], mean], dim=1), total
+        kept = self.kept.shape[1]
+        weighted = _with_sizes(tokens, sizes)
+        patches = select(weighted, torch.cat([self.kept, self.dropped], dim=1) + self.prefix)
+        dropped = patches[:, kept:].sum(dim=1, keepdim=True)
+        return _means(torch.cat([weighted[:, : self.prefix], patches[:, :kept], dropped], dim=1), tokens.dtype)
 
     def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
-        """See `Plan`; the mean of what was dropped counts once."""
+        """See `Plan`; the mean of several counts once."""
         if counted is None:
             return None
-        kept = select(counted[..., None], self.kept + self.prefix)[..., 0]
-        return torch.cat([counted[:, : self.prefix], kept, torch.ones_like(counted[:, :1])], dim=1)
+        alone = self.dropped.shape[1] == 1  # nothing is removed
+        chosen = torch.cat([self.kept, self.dropped], dim=1) if alone else self.kept
+        kept = select(counted[..., None], chosen + self.prefix)[..., 0]
+        mean = torch.ones_like(counted[:, : 0 if alone else 1])
+        return torch.cat([counted[:, : self.prefix], kept, mean], dim=1)
 
     def places(self) -> Tensor:
         """See `Plan`."""
@@ -346,7 +351,7 @@ def match(metric: Tensor, removed: int, prefix: int) -> "MergePlan":
     """
     unit = F.normalize(metric, dim=-1)
     best, partner = (unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)).max(dim=-1)  # (B, m // 2)
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = best.sort(dim=1, descending=True).indices
     source = order[:, :removed]
     return MergePlan(order[:, removed:].sort(dim=1).values, source, partner.gather(1, source), metric.shape[1], prefix)
 
@@ -371,11 +376,7 @@ class MergePlan:
 
     def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Plan`."""
-        if sizes is None:
-            sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32)
-        weighted = tokens * sizes[..., None]  # float32, or wider
-        total = self._sum(sizes[..., None])
-        return (self._sum(weighted) / total).to(tokens.dtype), total[..., 0]
+        return _means(self._sum(_with_sizes(tokens, sizes)), tokens.dtype)
 
     def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor:
         """See `Plan`; as often as tokens were merged into one."""
@@ -405,6 +406,20 @@ class MergePlan:
         return places
 
 
+def _with_sizes(tokens: Tensor, sizes: Tensor | None) -> Tensor:
+    """Tokens (B, n, C) times their sizes (B, n), and the sizes, as one more channel: (B, n, C + 1) float32 or wider."""
+    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+    if sizes is None:
+        return F.pad(tokens, (0, 1), value=1.0)
+    return torch.cat([tokens * sizes[..., None], sizes[..., None]], dim=-1)
+
+
+def _means(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums of what `_with_sizes` gave, to means (B, n, C) and sizes (B, n)."""
+    total = sums[..., -1]
+    return (sums[..., :-1] / total[..., None]).to(dtype), total
+
+
 def select(values: Tensor, index: Tensor) -> Tensor:
     """Rows of values (B, n, C) at the places (B, k) int64 of each image: (B, k, C)."""
     rows = values.flatten(0, 1).index_select(0, flat_index(index, values.shape[1]))
@@ -415,4 +430,4 @@ def flat_index(index: Tensor, count: int) -> Tensor:
     """Places (B, k) in images of `count` rows each, to rows (B·k,) of all images one after another."""
     if len(index) == 1:
         return index[0]
-    return (index + torch.arange(0, len(index) * count, count, device=index.device)[:, None]).flatten()
+    return (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()

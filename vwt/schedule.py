@@ -30,11 +30,8 @@ class PruningSchedule(Mapping[int, Reduction]):
     def __init__(self, reductions: Mapping[int, int | float | Reduction]) -> None:
         if not isinstance(reductions, Mapping):
             raise ArgumentError(f"a schedule is {reductions!r}; expected a mapping such as {{3: 56, 6: Merge(40)}}")
-        self._reductions = {
-            _check_block(block): what if isinstance(what, Reduction) else Prune(what)
-            for block, what in reductions.items()
-        }
-        self._reductions = dict(sorted(self._reductions.items()))
+        made = {_check_block(block): _check_reduction(what) for block, what in reductions.items()}
+        self._reductions = dict(sorted(made.items()))
 
     def __getitem__(self, block: int) -> Reduction:
         return self._reductions[block]
@@ -68,19 +65,12 @@ class PruningSchedule(Mapping[int, Reduction]):
                 continue
             wanted, most = reduction.wanted(patches), reduction.most(patches)
             if not 1 <= wanted <= most:
+                expected = f"expected 1 to {most}" if most > 0 else "leave the block out, nothing can go there"
                 raise ArgumentError(
                     f"{reduction} in block {block} removes {wanted} of the {patches} patch tokens that enter it; "
-                    f"expected 1 to {max(most, 0)}"
+                    + expected
                 )
             patches -= wanted
-
-    def patches(self, blocks: int, patches: int) -> list[int]:
-        """Patch tokens that enter each block, and, last, those that leave the last, when so many enter the first."""
-        counts = [patches]
-        for block in range(blocks):
-            reduction = self.get(block)
-            counts.append(counts[-1] - (reduction.removed(counts[-1]) if reduction else 0))
-        return counts
 
     def to_json(self) -> list[dict[str, Any]]:
         """As it is written into files."""
@@ -94,17 +84,21 @@ class PruningSchedule(Mapping[int, Reduction]):
             DocumentError: if that is something else; `origin` names where it was read.
         """
         reductions: dict[int, Reduction] = {}
-        for row in rows if isinstance(rows, list) else [rows]:
+        if not isinstance(rows, list):
+            raise DocumentError(f"{origin} has reductions of type {type(rows).__name__}; expected a list of them")
+        for row in rows:
             if not isinstance(row, dict) or set(row) != {"block", "operation", "amount"}:
                 raise DocumentError(f"{origin} has the reduction {row!r}; expected a block, an operation and an amount")
-            if row["operation"] not in KINDS:
+            kind = KINDS.get(str(row["operation"]))
+            if kind is None:
                 raise DocumentError(f"{origin} has the operation {row['operation']!r}; expected {' or '.join(KINDS)}")
-            if row["block"] in reductions:
-                raise DocumentError(f"{origin} names block {row['block']} twice; expected one reduction a block")
             try:
-                reductions[_check_block(row["block"])] = KINDS[row["operation"]](row["amount"])
+                block, reduction = _check_block(row["block"]), kind(row["amount"])
             except (ArgumentError, TypeError) as error:
                 raise DocumentError(f"{origin} has the reduction {row!r}: {error}") from error
+            if block in reductions:
+                raise DocumentError(f"{origin} names block {block} twice; expected one reduction a block")
+            reductions[block] = reduction
         return cls(reductions)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -130,3 +124,13 @@ def _check_block(block: Any) -> int:
     if not isinstance(block, int) or isinstance(block, bool) or block < 0:
         raise ArgumentError(f"the schedule names block {block!r}; expected an index from 0")
     return block
+
+
+def _check_reduction(what: Any) -> Reduction:
+    if not isinstance(what, Reduction):
+        return Prune(what)
+    if type(what) not in KINDS.values():
+        raise ArgumentError(
+            f"the schedule has {what!r}; expected a number, {' or '.join(k.__name__ for k in KINDS.values())}"
+        )
+    return what

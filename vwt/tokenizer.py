@@ -12,7 +12,7 @@ from vwt.patches import PatchSpec, patchify
 from vwt.pruning import follow
 from vwt.schedule import PruningSchedule
 from vwt.strategies import Strategy
-from vwt.words import Words, keep_patches, merge
+from vwt.words import Words, merge
 
 # Methods of the model that mean the same on the wrapper. Those that compute are not among them: the model's own would
 # silently run on all tokens.
@@ -76,7 +76,7 @@ class VWTokenizer(nn.Module):
         self.backbone.check(images)
         if self._changes_nothing(images):
             return self.model.forward_head(self._encode_all(images))
-        packed, words = self._pack(images)
+        packed, words = self.pack(images)
         answer = self._answer if packed.is_dense else self._answer_uncompiled
         return answer(packed, words)
 
@@ -92,7 +92,7 @@ class VWTokenizer(nn.Module):
         self.backbone.check(images)
         if unmerge and self._changes_nothing(images):
             return self._encode_all(images)
-        packed, words = self._pack(images)
+        packed, words = self.pack(images)
         packed, steps = self.backbone.encode_packed(packed, self.schedule)
         return self.backbone.full(packed, words, steps) if unmerge else (packed, follow(words, steps))
 
@@ -103,7 +103,8 @@ class VWTokenizer(nn.Module):
     def tokenize(self, images: Tensor) -> Words:
         """Which patches of images (B, C, H, W) make which token; nothing is encoded."""
         self.backbone.check(images)
-        _, words = self._reduce(images)
+        self.backbone.check_reducible()
+        _, words = self.backbone.pack_all(images) if self.strategy is None else self._reduce(images)
         return words
 
     def _changes_nothing(self, images: Tensor) -> bool:
@@ -113,23 +114,26 @@ class VWTokenizer(nn.Module):
         _, tokens, _ = self.backbone.embed(images)
         return self.backbone.encode(tokens)
 
-    def _pack(self, images: Tensor) -> tuple[Packed, Words]:
-        tokens, words = self._reduce(images)
+    def pack(self, images: Tensor) -> tuple[Packed, Words]:
+        """Images (B, C, H, W) to the tokens that enter the first block, prefix tokens first, and their Words."""
+        self.backbone.check_reducible()
+        if self.strategy is None:
+            packed, words = self.backbone.pack_all(images)
+        else:
+            tokens, words = self._reduce(images)
+            merge_and_pack = self._merge_and_pack_uncompiled if words.count is None else self._merge_and_pack
+            packed = merge_and_pack(tokens, words)
         if words.count is not None:
             self.schedule.check(self.backbone.depth, words.count)
-        merge_and_pack = self._merge_and_pack_uncompiled if words.count is None else self._merge_and_pack
-        return merge_and_pack(tokens, words), words
+        return packed, words
 
     def _merge_and_pack(self, tokens: Tensor, words: Words) -> Packed:
-        if self.strategy is None:
-            return Packed(tokens.flatten(0, 1), (tokens.shape[1],) * len(tokens))
         prefix = self.backbone.prefix
         sizes = words.sizes if self.schedule and words.kept is None else None
         return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes)
 
     def _answer(self, packed: Packed, words: Words) -> Tensor:
-        packed, steps = self.backbone.encode_packed(packed, self.schedule)
-        return self.backbone.head(packed, words, steps)
+        return self.backbone.answer(self.backbone.enter(packed), words, self.schedule)
 
     # torch.compile would compile these again for each list of lengths. What runs uncompiled hands on a tensor, of whose
     # length compiled code can be independent.
@@ -138,11 +142,7 @@ class VWTokenizer(nn.Module):
 
     def _reduce(self, images: Tensor) -> tuple[Tensor, Words]:
         """Tokens (B, P + N, C) with position, not yet merged, and the Words that the strategy makes of them."""
-        self.backbone.check_reducible()
         patches, tokens, grid = self.backbone.embed(images)
-        if self.strategy is None:
-            everything = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
-            return tokens, keep_patches(everything, grid)
         features = patches if self.strategy.space == "embedding" else patchify(images, self._patch_size, grid)
         if not self.strategy.fixed_count and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
             raise ArgumentError(

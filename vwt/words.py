@@ -107,6 +107,14 @@ def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
     return Words(group, (group >= 0).float(), kept.new_full((batch,), count), grid, count, kept)
 
 
+def keep_all(batch: int, grid: tuple[int, int], device: torch.device) -> Words:
+    """Words in which every patch of each image is a token as it is."""
+    count = grid[0] * grid[1]
+    everything = torch.arange(count, device=device).expand(batch, -1)
+    weight = torch.ones(1, device=device).expand(batch, count)
+    return Words(everything, weight, torch.full((1,), count, device=device).expand(batch), grid, count, everything)
+
+
 def merge(tokens: Tensor, words: Words) -> Tensor:
     """Patch tokens (B, N, C) to merged tokens (T, C), image after image; T is the sum of `words.counts`.
 
@@ -130,7 +138,7 @@ def regroup(words: Words, places: Tensor, counts: tuple[int, ...]) -> Words:
     new = Words(
         torch.where(words.group >= 0, places[words.rows.clamp(min=0)], -1),
         words.weight,
-        torch.tensor(counts, device=places.device),
+        torch.tensor(counts, dtype=torch.int64, device=places.device),
         words.grid,
         count,
     )

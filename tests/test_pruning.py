@@ -1,0 +1,791 @@
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tokenizer import make_images, make_inter
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt.backbones import Backbone
+from vwt.errors import ArgumentError, ModelError
+from vwt.packing import Packed
+from vwt.pruning import attend_explicitly, importance, match, patches_entering, prune
+from vwt.words import unmerge
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+KINDS = {"prune": Prune, "merge": Merge}
+WIDTH = 48
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def make_model(**options):
+    """A model of 64 x 64 pixels in 4 x 4 patches, whose heads differ and whose attention is far from uniform."""
+    torch.manual_seed(0)
+    arguments = {"img_size": 64, "depth": 4, "embed_dim": WIDTH, "num_heads": 3, "num_classes": 10}
+    model = timm.create_model("vit_tiny_patch16_224", **{**arguments, **options}).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+# -- the same in plain loops, for one image ----------------------------------------------------------------------------
+
+
+def slow_importance(query, key, value, prefix, bias=None):
+    """Prune One More Token's score of each patch, for one image (H, n, d), with what is added to the logits (n,)."""
+    heads, count, width = query.shape
+    rows = []  # rows[h][i][j]: attention of token i to token j
+    for h in range(heads):
+        rows.append([])
+        for i in range(count):
+            logits = [query[h, i].double().dot(key[h, j].double()).item() / math.sqrt(width) for j in range(count)]
+            logits = [logit + (0 if bias is None else bias[j]) for j, logit in enumerate(logits)]
+            terms = [math.exp(logit - max(logits)) for logit in logits]
+            rows[h].append([term / sum(terms) for term in terms])
+    patches = range(prefix, count)
+    received = [sum(max(rows[h][i][j] for h in range(heads)) for i in patches) for j in patches]
+    sums = [sum(max(value[h, j, d].item() for h in range(heads)) for d in range(width)) for j in range(count)]
+    terms = [math.exp(one - max(sums)) for one in sums]
+    return [one / max(received) + terms[j] / sum(terms) for one, j in zip(received, patches, strict=True)]
+
+
+def slow_prune(scores, removed):
+    """The patches of each token that is left, in order."""
+    order = sorted(range(len(scores)), key=lambda patch: -scores[patch])
+    kept, dropped = order[: len(scores) - removed - 1], order[len(scores) - removed - 1 :]
+    return [[patch] for patch in sorted(kept)] + [dropped]
+
+
+def slow_merge(metric, removed):
+    """The patches of each token that is left, in order; of equal similarities the first counts."""
+
+    def cosine(a, b):
+        norms = [max(math.sqrt(sum(x * x for x in one)), 1e-12) for one in (a, b)]
+        return sum(x * y for x, y in zip(a, b, strict=True)) / norms[0] / norms[1]
+
+    odd, even = range(1, len(metric), 2), range(0, len(metric), 2)
+    partner = {a: max(even, key=lambda b: cosine(metric[a], metric[b])) for a in odd}
+    order = sorted(odd, key=lambda a: -cosine(metric[a], metric[partner[a]]))
+    source = order[:removed]
+    return [[a] for a in odd if a not in source] + [[b, *(a for a in source if partner[a] == b)] for b in even]
+
+
+def slow_apply(groups, tokens, sizes, prefix):
+    """Tokens (n, C) and sizes to those of the groups: the mean of each, weighted by size, and the sum of the sizes."""
+    fewer, total = list(tokens[:prefix]), list(sizes[:prefix])
+    for group in groups:
+        total.append(sum(sizes[prefix + patch] for patch in group))
+        fewer.append(sum(sizes[prefix + patch] * tokens[prefix + patch] for patch in group) / total[-1])
+    return torch.stack(fewer), total
+
+
+def slow_places(groups):
+    return [place for _, place in sorted((patch, place) for place, group in enumerate(groups) for patch in group)]
+
+
+def slow_counted(groups, counted, prefix, operation):
+    """How often attention counts each token: a merged one as often as its parts, the mean of several once."""
+    new = counted[:prefix] + [sum(counted[prefix + patch] for patch in group) for group in groups]
+    if operation is Prune and len(groups[-1]) > 1:
+        new[-1] = 1
+    return new
+
+
+def slow_encode(model, tokens, sizes, schedule):
+    """Encode tokens (n, C) of one image, of which each patch token stands for some patches.
+
+    Returns the encoded tokens, their sizes, and which of the patch tokens that entered make each.
+    """
+    prefix, counted = model.num_prefix_tokens, [1] * len(tokens)
+    sizes, parts = [1] * prefix + list(sizes), [[patch] for patch in range(len(tokens) - prefix)]
+    tokens = model.norm_pre(tokens)
+    for index, block in enumerate(model.blocks):
+        bias, normed = [math.log(count) for count in counted], block.norm1(tokens)
+        mixed = block.attn(normed[None], attn_mask=tokens.new_tensor(bias)[None, None, None])[0]
+        tokens = tokens + block.ls1(mixed)
+        if index in schedule:
+            attn, reduction = block.attn, schedule[index]
+            query, key, value = attn.qkv(normed).view(len(tokens), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+            query, key = attn.q_norm(query), attn.k_norm(key)
+            if isinstance(reduction, Prune):
+                removed = max(0, min(reduction.wanted(len(parts)), len(parts) - 2))
+                groups = slow_prune(slow_importance(query, key, value, prefix, bias), removed)
+            else:
+                removed = min(reduction.wanted(len(parts)), len(parts) // 2)
+                groups = slow_merge(key.mean(0)[prefix:].tolist(), removed)
+            tokens, sizes = slow_apply(groups, tokens, sizes, prefix)
+            counted = slow_counted(groups, counted, prefix, type(reduction))
+            parts = [[part for patch in group for part in parts[patch]] for group in groups]
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    return model.norm(tokens), sizes, parts
+
+
+# -- how much to remove ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("amount", [1, 56, 10**6, 1e-9, 0.3, 0.999])
+def test_amounts(kind, amount):
+    reduction = KINDS[kind](amount)
+    assert reduction.amount == amount
+    assert reduction.kind == kind
+    assert repr(reduction) == f"{kind.capitalize()}({amount!r})"
+    assert eval(repr(reduction), dict(vars(torch), **{"Prune": Prune, "Merge": Merge})) == reduction
+    assert hash(reduction) == hash(KINDS[kind](amount))
+    assert reduction != KINDS["merge" if kind == "prune" else "prune"](amount)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "amount", [0, -1, 0.0, -0.5, 1.0, 1.5, 56.0, True, False, math.nan, math.inf, "56", "a", None, [1], 1j], ids=repr
+)
+def test_other_amounts_are_refused(kind, amount):
+    with pytest.raises(ArgumentError) as error:
+        KINDS[kind](amount)
+    start = f"{kind.capitalize()}({amount!r}): "
+    assert str(error.value) == start + "expected a number of tokens to remove, at least 1, or a share in (0, 1)"
+
+
+def test_an_amount_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Prune(3).amount = 4
+
+
+@pytest.mark.parametrize(
+    ("reduction", "patches", "wanted", "removed"),
+    [
+        (Prune(3), 10, 3, 3),
+        (Prune(8), 10, 8, 8),
+        (Prune(9), 10, 9, 8),
+        (Prune(100), 10, 100, 8),
+        (Prune(1), 3, 1, 1),
+        (Prune(1), 2, 1, 0),
+        (Prune(1), 1, 1, 0),
+        (Prune(0.29), 100, 29, 29),  # 0.29 * 100 is less than 29
+        (Prune(0.3), 9, 2, 2),
+        (Prune(0.99), 10, 9, 8),
+        (Prune(0.01), 10, 0, 0),
+        (Merge(3), 10, 3, 3),
+        (Merge(5), 10, 5, 5),
+        (Merge(6), 10, 6, 5),
+        (Merge(6), 11, 6, 5),
+        (Merge(1), 2, 1, 1),
+        (Merge(1), 1, 1, 0),
+        (Merge(0.5), 11, 5, 5),
+        (Merge(0.9), 10, 9, 5),
+    ],
+    ids=repr,
+)
+def test_how_many_of_so_many(reduction, patches, wanted, removed):
+    assert reduction.wanted(patches) == wanted
+    assert reduction.removed(patches) == removed
+    assert removed == max(0, min(wanted, reduction.most(patches)))
+
+
+@pytest.mark.parametrize(
+    ("reductions", "entering"),
+    [
+        ({}, [20, 20, 20, 20, 20]),
+        ({1: Prune(5)}, [20, 20, 15, 15, 15]),
+        ({0: Merge(15), 3: Prune(0.5)}, [20, 10, 10, 10, 5]),
+        ({0: Prune(30), 2: Prune(1), 3: Merge(1)}, [20, 2, 2, 2, 1]),
+        ({9: Prune(5)}, [20, 20, 20, 20, 20]),
+    ],
+    ids=repr,
+)
+def test_how_many_enter_each_block(reductions, entering):
+    assert patches_entering(reductions, 4, 20) == entering
+
+
+# -- importance and explicit attention ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_importance_equals_a_loop(heads, prefix):
+    query, key, value = (random(3, heads, prefix + 7, 4, seed=seed) for seed in range(3))
+    scores = importance(query, key, value, prefix)
+    assert scores.shape == (3, 7)
+    expected = [slow_importance(*image, prefix) for image in zip(query, key, value, strict=True)]
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-6, rtol=1e-6)
+
+
+def test_importance_where_attention_counts_tokens_more_than_once():
+    query, key, value = (random(2, 3, 9, 4, seed=seed) for seed in range(3))
+    bias = torch.randint(1, 9, (9,), generator=torch.Generator().manual_seed(3)).log()
+    _, weights = attend_explicitly(query, key, value, attn_mask=bias[None, None, None])
+    expected = [slow_importance(*image, 2, bias.tolist()) for image in zip(query, key, value, strict=True)]
+    scores = importance(query, key, value, 2, weights)
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-6, rtol=1e-6)
+    assert (scores - importance(query, key, value, 2)).abs().max() > 1e-2
+
+
+def test_the_scores_of_an_image_are_its_own():
+    """Neither its batch mates nor their scale matters: the largest attention is the image's own."""
+    query, key, value = (random(4, 2, 11, 8, seed=seed) for seed in range(3))
+    alone = torch.cat([importance(query[i : i + 1], key[i : i + 1], value[i : i + 1], 1) for i in range(4)])
+    scores = importance(query, key, value, 1)
+    torch.testing.assert_close(scores, alone, **CLOSE)
+    query[1:] *= 30
+    value[1:] *= 30
+    torch.testing.assert_close(importance(query, key, value, 1)[0], alone[0], **CLOSE)
+    assert (importance(query, key, value, 1)[1:] - alone[1:]).abs().max() > 1e-2
+
+
+def test_the_largest_attention_of_each_image_is_one():
+    query, key = random(4, 2, 11, 8), random(4, 2, 11, 8, seed=1)
+    scores = importance(query, key, torch.zeros(4, 2, 11, 8), 1)
+    torch.testing.assert_close(scores.amax(1), torch.full((4,), 1 + 1 / 11))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_importance_in_half_precision_is_summed_in_float32(dtype):
+    """A sum of 4096 equal weights in half precision would stop growing."""
+    query, key, value = (torch.zeros(1, 1, 4097, 1, dtype=dtype) for _ in range(3))
+    value[0, 0, 1:, 0] = 1
+    scores = importance(query, key, value, 1)
+    assert scores.dtype == torch.float32
+    share = math.e / (1 + 4096 * math.e)
+    torch.testing.assert_close(scores, torch.full((1, 4096), 1 + share), atol=1e-7, rtol=1e-7)
+
+
+MASKS = {
+    "none": lambda: None,
+    "float": lambda: random(6, 6, seed=4),
+    "keys": lambda: random(2, 1, 1, 6, seed=4),
+    "heads": lambda: random(2, 3, 6, 6, seed=4),
+    "bool": lambda: random(2, 1, 6, 6, seed=4).abs().tril() > 0,
+    "infinite": lambda: torch.zeros(6, 6).masked_fill(torch.eye(6, dtype=torch.bool), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("scale", [None, 0.3, 1.0])
+def test_explicit_attention_equals_fused_attention(name, scale):
+    query, key, value = (random(2, 3, 6, 4, seed=seed) for seed in range(3))
+    mask = MASKS[name]()
+    output, weights = attend_explicitly(query, key, value, attn_mask=mask, scale=scale)
+    torch.testing.assert_close(output, F.scaled_dot_product_attention(query, key, value, mask, scale=scale), **CLOSE)
+    torch.testing.assert_close(weights @ value, output, **CLOSE)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 6))
+    positional, _ = attend_explicitly(query, key, value, mask, 0.0, False, scale, False)
+    assert torch.equal(positional, output)
+
+
+def test_explicit_attention_drops_out_after_the_weights():
+    query, key = random(2, 3, 40, 4), random(2, 3, 40, 4, seed=1)
+    _, weights = attend_explicitly(query, key, key)
+    torch.manual_seed(0)
+    dropped, same = attend_explicitly(query, key, torch.eye(40).expand(2, 3, 40, 40), dropout_p=0.25)
+    assert torch.equal(same, weights)
+    gone = dropped == 0
+    assert 0.2 < gone.float().mean() < 0.3
+    torch.testing.assert_close(dropped[~gone], weights[~gone] / 0.75)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"enable_gqa": True}])
+def test_causal_and_grouped_attention_is_refused(options):
+    with pytest.raises(ArgumentError, match="leave this block out of the schedule"):
+        attend_explicitly(*random(3, 1, 2, 5, 4), **options)
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def sequences(draw):
+    """Batch, prefix tokens, patches, sizes or None, how often each token is counted or None."""
+    batch, prefix, patches = draw(st.integers(1, 3)), draw(st.integers(0, 5)), draw(st.integers(1, 11))
+    row = st.lists(st.integers(1, 5), min_size=patches, max_size=patches).map(lambda row: [1] * prefix + row)
+    rows = st.none() | st.lists(row, min_size=batch, max_size=batch)
+    return batch, prefix, patches, draw(rows), draw(rows)
+
+
+def as_sizes(rows):
+    return None if rows is None else torch.tensor(rows, dtype=torch.float32)
+
+
+def check_plan(plan, groups, sequence, operation):
+    """A plan against the groups of patches that it should make in each image."""
+    batch, prefix, patches, sizes, counted = sequence
+    tokens = random(batch, prefix + patches, 3, dtype=torch.float64)
+    fewer, total = plan.apply(tokens, as_sizes(sizes))
+    new = plan.count(as_sizes(counted), as_sizes(sizes), total)
+    assert plan.places().tolist() == [slow_places(group) for group in groups]
+    assert torch.equal(fewer[:, :prefix], tokens[:, :prefix])
+    for image, group in enumerate(groups):
+        size = [1] * (prefix + patches) if sizes is None else sizes[image]
+        expected, sums = slow_apply(group, tokens[image], size, prefix)
+        torch.testing.assert_close(fewer[image], expected, atol=1e-6, rtol=1e-6)  # sizes are float32
+        assert total[image].tolist() == sums
+        if operation is Prune and counted is None:
+            assert new is None
+        else:
+            count = [1] * (prefix + patches) if counted is None else counted[image]
+            assert new[image].tolist() == slow_counted(group, count, prefix, operation)
+
+
+@given(sequences(), st.data())
+def test_pruning_equals_a_loop(sequence, data):
+    batch, prefix, patches, *_ = sequence
+    row = st.lists(st.integers(0, 4), min_size=patches, max_size=patches)  # equal scores: the first are kept
+    scores = data.draw(st.lists(row, min_size=batch, max_size=batch))
+    removed = data.draw(st.integers(1 if patches > 2 else 0, max(0, Prune.most(patches))))
+    plan = prune(torch.tensor(scores, dtype=torch.float32), removed, prefix)
+    groups = [slow_prune(image, removed) for image in scores]
+    assert plan.kept.tolist() == [[patch for (patch,) in group[:-1]] for group in groups]
+    assert plan.dropped.tolist() == [group[-1] for group in groups]
+    check_plan(plan, groups, sequence, Prune)
+
+
+# Along the axes, where cosines are exact and ties are many; and nowhere.
+DIRECTIONS = [[0, 0, 0], [2, 0, 0], [-1, 0, 0], [0, 3, 0], [0, -1, 0], [0, 0, 1], [0, 0, -2]]
+
+
+@given(sequences(), st.data())
+def test_merging_equals_a_loop(sequence, data):
+    batch, prefix, patches, *_ = sequence
+    row = st.lists(st.sampled_from(DIRECTIONS), min_size=patches, max_size=patches)
+    metric = data.draw(st.lists(row, min_size=batch, max_size=batch))
+    removed = data.draw(st.integers(min(1, patches // 2), patches // 2))
+    plan = match(torch.tensor(metric, dtype=torch.float32), removed, prefix)
+    check_plan(plan, [slow_merge(image, removed) for image in metric], sequence, Merge)
+
+
+@given(st.integers(1, 30), st.data())
+def test_merging_by_any_cosines_equals_a_loop(patches, data):
+    removed = data.draw(st.integers(0, patches // 2))
+    metric = random(2, patches, 5, seed=patches, dtype=torch.float64)
+    plan = match(metric, removed, 1)
+    groups = [slow_merge(image, removed) for image in metric.tolist()]
+    check_plan(plan, groups, (2, 1, patches, None, None), Merge)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(sequences(), st.data())
+def test_totals_are_conserved(kind, sequence, data):
+    batch, prefix, patches, sizes, _ = sequence
+    tokens, removed = random(batch, prefix + patches, 3), data.draw(st.integers(0, max(0, KINDS[kind].most(patches))))
+    plan = make_plan(kind, random(batch, patches, 3, seed=1), removed, prefix)
+    fewer, total = plan.apply(tokens, as_sizes(sizes))
+    size = torch.ones(batch, prefix + patches) if sizes is None else as_sizes(sizes)
+    assert fewer.shape == (batch, prefix + patches - removed, 3)
+    assert torch.equal(total.sum(1), size.sum(1))
+    torch.testing.assert_close((fewer * total[..., None]).sum(1), (tokens * size[..., None]).sum(1), **CLOSE)
+    places = plan.places()
+    assert [sorted(set(image)) for image in places.tolist()] == [list(range(patches - removed))] * batch
+
+
+def make_plan(kind, metric, removed, prefix):
+    return match(metric, removed, prefix) if kind == "merge" else prune(metric[..., 0], removed, prefix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_in_half_precision_are_summed_in_float32(kind, sized, dtype):
+    tokens = random(2, 4002, 3, dtype=torch.float32).to(dtype) + 1
+    sizes = torch.full((2, 4002), 3.0) if sized else None
+    metric = torch.ones(2, 4001, 3)
+    plan = make_plan(kind, metric, 2000, 1)
+    fewer, total = plan.apply(tokens, sizes)
+    assert fewer.dtype == dtype
+    assert total.dtype == torch.float32
+    expected, same = plan.apply(tokens.double(), sizes)
+    torch.testing.assert_close(fewer.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    assert torch.equal(total, same)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_gradient_flows_through_plans(kind, sized):
+    plan = make_plan(kind, random(2, 7, 3), 3, 2)
+    sizes = torch.arange(1, 19, dtype=torch.float64).view(2, 9) if sized else None
+    tokens = random(2, 9, 2, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: plan.apply(t, sizes)[0], tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_of_an_image_do_not_depend_on_its_batch_mates(kind):
+    metric, tokens = random(4, 20, 3), random(4, 22, 5, seed=1)
+    together = make_plan(kind, metric, 7, 2)
+    for image in range(4):
+        alone = make_plan(kind, metric[image : image + 1], 7, 2)
+        assert torch.equal(together.places()[image : image + 1], alone.places())
+        values = together.apply(tokens, None)[0][image : image + 1]
+        assert torch.equal(values, alone.apply(tokens[image : image + 1], None)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patches", [1, 2, 7])
+def test_removing_nothing_of_an_image_changes_nothing_of_it(kind, patches):
+    """As happens to an image of a ragged batch that has too few tokens: only their order may change."""
+    tokens, sizes = random(1, 1 + patches, 3), torch.arange(1.0, 2 + patches)[None]
+    counted = sizes.flip(1)
+    plan = make_plan(kind, random(1, patches, 3, seed=1), 0, 1)
+    fewer, total = plan.apply(tokens, sizes)
+    back = plan.places()[0] + 1
+    torch.testing.assert_close(fewer[0, back], tokens[0, 1:])
+    torch.testing.assert_close(total[0, back], sizes[0, 1:])
+    torch.testing.assert_close(plan.count(counted, sizes, total)[0, back], counted[0, 1:])
+
+
+# -- inside the blocks -------------------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "prune": {1: Prune(5)},
+    "merge": {1: Merge(4)},
+    "shares": {0: Prune(0.25), 2: Merge(0.4)},
+    "prune, merge, prune": {0: Prune(3), 1: Merge(4), 3: Prune(3)},
+    "merge, prune, merge": {0: Merge(5), 1: Prune(3), 2: Merge(2)},
+    "merge in every block": {block: Merge(2) for block in range(4)},
+    "more than there are": {1: Prune(11), 2: Merge(3), 3: Prune(1)},
+}
+MODELS = {
+    "class_token": {},
+    "registers": {"reg_tokens": 4},
+    "no_prefix": {"class_token": False, "global_pool": "avg"},
+    "pre_norm": {"pre_norm": True},
+    "layer_scale": {"init_values": 0.5, "qk_norm": True},
+}
+LENGTHS = {"dense": (14, 14, 14), "one": (16,), "ragged": (16, 9, 14, 16), "as long": (12, 12)}
+
+
+def make_packed(patches, prefix, sized):
+    lengths = tuple(prefix + count for count in patches)
+    sizes = torch.randint(1, 5, (sum(lengths),), generator=torch.Generator().manual_seed(1)).float()
+    for start, length in zip(Packed(sizes, lengths).offsets.tolist(), lengths, strict=False):
+        sizes[start : start + min(prefix, length)] = 1
+    return Packed(random(sum(lengths), WIDTH), lengths, sizes if sized else None)
+
+
+def check_encoded(model, packed, schedule):
+    """Packed sequences, reduced inside the blocks, against each image alone in plain loops."""
+    encoded, steps = Backbone(model).encode_packed(packed, PruningSchedule(schedule))
+    prefix, sizes = model.num_prefix_tokens, torch.ones(len(packed.values)) if packed.sizes is None else packed.sizes
+    assert [step.counts for step in steps][-1] == tuple(length - prefix for length in encoded.lengths)
+    runs = zip(packed.split(), sizes.split(list(packed.lengths)), strict=True)
+    new_sizes = encoded.sizes.split(list(encoded.lengths))
+    for image, (tokens, size) in enumerate(runs):
+        expected, total, _ = slow_encode(model, tokens, size[prefix:].tolist(), schedule)
+        torch.testing.assert_close(encoded.split()[image], expected, atol=1e-4, rtol=1e-4)
+        assert new_sizes[image].tolist() == total
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sized", [True, False], ids=["words", "patches"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_reductions_equal_a_loop_over_images(schedule, lengths, sized):
+    model = make_model()
+    check_encoded(model, make_packed(LENGTHS[lengths], 1, sized), SCHEDULES[schedule])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("schedule", ["prune", "merge", "prune, merge, prune"])
+@pytest.mark.parametrize("name", MODELS)
+def test_any_model_equals_a_loop_over_images(name, schedule):
+    """Any number of prefix tokens, which are never reduced, and any norms."""
+    model = make_model(**MODELS[name])
+    check_encoded(model, make_packed(LENGTHS["ragged"], model.num_prefix_tokens, True), SCHEDULES[schedule])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "schedule", [{1: Prune(10)}, {1: Merge(10)}, {0: Merge(4), 1: Prune(5), 2: Merge(9)}], ids=repr
+)
+def test_images_too_small_for_the_count_lose_what_they_can(schedule):
+    model, lengths = make_model(), (15, 1, 2, 3, 4, 5)
+    packed = make_packed(lengths, 1, True)
+    encoded, _ = Backbone(model).encode_packed(packed, PruningSchedule(schedule))
+    expected = [patches_entering(schedule, 4, length)[-1] + 1 for length in lengths]
+    assert list(encoded.lengths) == expected
+    alone = [
+        Backbone(model).encode_packed(Packed(tokens, (len(tokens),), size), PruningSchedule(schedule))[0].values
+        for tokens, size in zip(packed.split(), packed.sizes.split(list(packed.lengths)), strict=True)
+    ]
+    torch.testing.assert_close(encoded.values, torch.cat(alone), **CLOSE)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_of_too_few_tokens_for_a_share_is_as_if_not_reduced(kind):
+    """Merges first, so that every token of it is counted more than once."""
+    backbone, packed, merges = Backbone(make_model()), make_packed((16, 8), 1, True), {0: Merge(4), 1: Merge(2)}
+    once, _ = backbone.encode_packed(packed, PruningSchedule(merges))
+    twice, _ = backbone.encode_packed(packed, PruningSchedule({**merges, 2: KINDS[kind](0.1)}))
+    assert (once.lengths, twice.lengths) == ((11, 3), (10, 3))
+    assert (once.counted[-2:] > 1).all()
+    one, other = once.split()[1], twice.split()[1]
+    torch.testing.assert_close(other[0], one[0], **CLOSE)
+    torch.testing.assert_close(other.sort(0).values, one.sort(0).values, **CLOSE)
+
+
+@torch.inference_mode()
+def test_lengths_that_become_equal_or_cease_to_be():
+    """A batch may be dense before a reduction and ragged after it, or the other way round."""
+    model = make_model()
+    check_encoded(model, make_packed((3, 4), 1, True), {0: Prune(2), 2: Merge(1)})
+    check_encoded(model, make_packed((5, 4), 1, True), {0: Merge(3), 2: Prune(1)})
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("block", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_and_the_last_block(kind, block):
+    check_encoded(make_model(), make_packed((9, 12), 1, False), {block: KINDS[kind](3)})
+
+
+@torch.inference_mode()
+def test_prefix_tokens_are_never_reduced():
+    """Prefix tokens so alike, and so unimportant, that they would be the first to go."""
+    model = make_model(reg_tokens=4)
+    packed = make_packed((14, 14), 5, False)
+    dense = packed.dense()
+    dense[:, :5] = dense[:, :1]
+    for schedule in ({0: Prune(12)}, {0: Merge(7)}):
+        encoded, steps = Backbone(model).encode_packed(packed, PruningSchedule(schedule))
+        assert encoded.lengths == (5 + steps[0].counts[0],) * 2
+        for image, tokens in enumerate(packed.split()):
+            expected, _, parts = slow_encode(model, tokens, [1] * 14, schedule)
+            torch.testing.assert_close(encoded.split()[image][:5], expected[:5], atol=1e-4, rtol=1e-4)
+            assert sum(len(part) for part in parts) == 14
+
+
+def test_gradients_are_those_of_a_loop_over_images():
+    model, packed, schedule = make_model(), make_packed((14, 9), 1, True), SCHEDULES["prune, merge, prune"]
+    weight = model.blocks[0].attn.qkv.weight
+    encoded, _ = Backbone(model).encode_packed(packed, PruningSchedule(schedule))
+    gradient = torch.autograd.grad(encoded.values.square().sum(), weight)[0]
+    sizes = [size[1:].tolist() for size in packed.sizes.split(list(packed.lengths))]
+    alone = [slow_encode(model, *pair, schedule)[0] for pair in zip(packed.split(), sizes, strict=True)]
+    expected = torch.autograd.grad(sum(one.square().sum() for one in alone), weight)[0]
+    assert gradient.abs().max() > 1e-2
+    torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-3)
+
+
+# -- what is computed --------------------------------------------------------------------------------------------------
+
+
+class Attention(TorchFunctionMode):
+    """Lists the calls of fused attention, with their masks, and of softmax over weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(("fused", (kwargs or {}).get("attn_mask")))
+        elif func in (torch.softmax, F.softmax, torch.Tensor.softmax) and args[0].ndim == 4:
+            self.calls.append(("explicit", None))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def kinds(self):
+        return [kind for kind, _ in self.calls]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what reaches the kernels: fused attention, softmax over weights, and products as large as the weights."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.fused, self.softmax, self.products = tokens, 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        name = func.name()
+        self.fused += "scaled_dot_product" in name
+        self.softmax += name == "aten::_softmax" and args[0].ndim == 4
+        self.products += name == "aten::bmm" and output.shape[-2:] == (self.tokens, self.tokens)
+        return output
+
+
+CALLS = {
+    "nothing": ({}, ["fused"] * 4),
+    "prune": ({1: Prune(5)}, ["fused", "explicit", "fused", "fused"]),
+    "prune twice": ({0: Prune(5), 3: Prune(5)}, ["explicit", "fused", "fused", "explicit"]),
+    "merge": ({1: Merge(5)}, ["fused"] * 4),
+    "both": ({0: Merge(5), 2: Prune(5)}, ["fused", "fused", "explicit", "fused"]),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("patches", [(14,), (14, 14), (14, 12, 16)], ids=repr)
+@pytest.mark.parametrize("name", CALLS)
+def test_only_a_pruning_block_computes_explicit_attention_and_none_computes_it_twice(name, patches):
+    schedule, expected = CALLS[name]
+    packed, backbone = make_packed(patches, 1, False), Backbone(make_model())
+    with Attention() as attention:
+        backbone.encode_packed(packed, PruningSchedule(schedule))
+    times = 1 if len(set(patches)) == 1 else len(patches)  # one call a dense batch, or one an image
+    assert attention.kinds == [kind for kind in expected for _ in range(times)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CALLS)
+def test_what_reaches_the_kernels(name):
+    schedule, expected = CALLS[name]
+    backbone, packed = Backbone(make_model()), make_packed((14,), 1, False)
+    with Kernels(15) as kernels:
+        backbone.encode_packed(packed, PruningSchedule(schedule))
+    assert kernels.fused == expected.count("fused")
+    assert kernels.softmax == expected.count("explicit")
+    if name in ("nothing", "prune", "merge"):
+        assert kernels.products == expected.count("explicit")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("patches", [(14, 14), (14, 11)], ids=["dense", "ragged"])
+def test_a_merge_adds_log_sizes_in_later_blocks_only(patches):
+    packed, backbone = make_packed(patches, 1, True), Backbone(make_model())
+    with Attention() as attention:
+        encoded, steps = backbone.encode_packed(packed, PruningSchedule({1: Merge(5)}))
+    times = len(attention.calls) // 4
+    masks = [mask for _, mask in attention.calls]
+    assert masks[: 2 * times] == [None] * 2 * times
+    runs = encoded.runs(encoded.counted)
+    for later, mask in enumerate(masks[2 * times :]):
+        torch.testing.assert_close(mask, runs[later % times].log()[:, None, None])
+    places = [image for plan in steps[0].plans for image in plan.places()]
+    for image, counted in zip(places, encoded.counted.split(list(encoded.lengths)), strict=True):
+        assert counted.tolist() == [1.0, *image.bincount().tolist()]
+        assert counted.sum() == 1 + len(image)
+
+
+@torch.inference_mode()
+def test_pruning_adds_nothing_to_attention():
+    packed, backbone = make_packed((14, 11), 1, True), Backbone(make_model())
+    with Attention() as attention:
+        encoded, _ = backbone.encode_packed(packed, PruningSchedule({0: Prune(5), 2: Prune(3)}))
+    assert encoded.counted is None
+    assert [mask for _, mask in attention.calls] == [None] * 8
+
+
+# -- blocks of other kinds ---------------------------------------------------------------------------------------------
+
+
+def unfuse(model, *blocks):
+    for index in blocks:
+        model.blocks[index].attn.fused_attn = False
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patches", [(14, 14), (14, 11)], ids=["dense", "ragged"])
+def test_a_block_without_fused_attention_is_refused(kind, patches):
+    backbone, packed = Backbone(unfuse(make_model(), 1)), make_packed(patches, 1, False)
+    with pytest.raises(ModelError, match=r"not 0 times; .*leave this block out .*set_fused_attn\(True\)") as error:
+        backbone.encode_packed(packed, PruningSchedule({1: KINDS[kind](3)}))
+    assert "\n" not in str(error.value)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("schedule", ["prune", "merge", "prune, merge, prune"])
+def test_other_blocks_may_be_without_fused_attention(schedule):
+    model, reduced = make_model(), SCHEDULES[schedule]
+    unfuse(model, *(block for block in range(4) if block not in reduced))
+    check_encoded(model, make_packed((14, 11), 1, True), reduced)
+    check_encoded(model, make_packed((14, 14), 1, True), reduced)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patches", [(14, 14), (14, 11)], ids=["dense", "ragged"])
+def test_differential_attention_is_refused(kind, patches):
+    backbone, packed = Backbone(make_model(attn_layer="diff", num_heads=2)), make_packed(patches, 1, False)
+    with pytest.raises(ModelError, match="not 2 times"):
+        backbone.encode_packed(packed, PruningSchedule({1: KINDS[kind](3)}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("patches", [(14, 14), (14, 11)], ids=["dense", "ragged"])
+def test_a_block_that_norms_after_its_halves(kind, patches):
+    """The first half of a reducing block is all up to its first residual sum, the second the rest of it."""
+    model = make_model(block_fn=ResPostBlock, init_values=0.5, depth=2)
+    packed, prefix = make_packed(patches, 1, False), 1
+    encoded, steps = Backbone(model).encode_packed(packed, PruningSchedule({0: KINDS[kind](3)}))
+    block, last = model.blocks
+    for image, tokens in enumerate(packed.split()):
+        half = tokens + block.norm1(block.attn(tokens[None])[0])
+        plan = steps[0].plans[0 if packed.is_dense else image]
+        places = plan.places()[image if packed.is_dense else 0].tolist()
+        groups = [[patch for patch, place in enumerate(places) if place == token] for token in range(max(places) + 1)]
+        fewer, sizes = slow_apply(groups, half, [1] * len(half), prefix)
+        fewer = fewer + block.norm2(block.mlp(fewer))
+        bias = torch.tensor(sizes).log()[None, None, None] if kind == "merge" else None
+        fewer = fewer + last.norm1(last.attn(fewer[None], attn_mask=bias)[0])
+        expected = model.norm(fewer + last.norm2(last.mlp(fewer)))
+        torch.testing.assert_close(encoded.split()[image], expected, **CLOSE)
+
+
+SEVERAL = [ParallelThingsBlock, DiffParallelScalingBlock]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", SEVERAL, ids=lambda block: block.__name__)
+def test_a_block_of_several_attentions_is_refused(block, kind):
+    model = make_model(block_fn=block, num_heads=2)
+    with pytest.raises(ModelError) as error:
+        VWTokenizer(model, None, PruningSchedule({1: KINDS[kind](3)}))(random(2, 3, 64, 64))
+    assert "\n" not in str(error.value)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_and_mlp_side_by_side(kind):
+    """There is no place between the two: tokens go after both."""
+    model, images = make_model(block_fn=ParallelScalingBlock, num_heads=2), random(2, 3, 64, 64)
+    fast = VWTokenizer(model, None, PruningSchedule({1: KINDS[kind](3)}))
+    torch.testing.assert_close(fast(images), torch.cat([fast(image[None]) for image in images]), atol=1e-5, rtol=1e-5)
+    packed, words = fast.forward_features(images, unmerge=False)
+    assert packed.lengths == (14, 14)
+    assert words.counts.tolist() == [13, 13]
+
+
+# -- with words --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("schedule", [{1: Prune(20)}, {1: Merge(20)}, {0: Merge(15), 2: Prune(10)}], ids=repr)
+@pytest.mark.parametrize("name", ["none", "intra", "inter"])
+def test_words_weigh_by_their_patches(small_vit, name, schedule):
+    """From images to tokens: words of several patches count as several in every mean, dropped patches not at all."""
+    for parameter in small_vit.parameters():
+        parameter.data.add_(0.1 * random(*parameter.shape, seed=parameter.numel()))
+    strategy = {"none": lambda: None, "intra": lambda: IntraImage(0.4), "inter": lambda: make_inter(small_vit, "pixel")}
+    images = make_images()[[1, 3]]
+    fast = VWTokenizer(small_vit, strategy[name](), PruningSchedule(schedule))
+    before = fast.tokenize(images)
+    packed, after = fast.forward_features(images, unmerge=False)
+    tokens = small_vit._pos_embed(small_vit.patch_embed(images))
+    encoded, full = packed.split(), fast.forward_features(images)
+    for image, group in enumerate(before.group):
+        members = [(group == word).nonzero().flatten() for word in range(before.lengths[image])]
+        words = torch.stack([tokens[image, 1 + patches].mean(0) for patches in members])
+        sizes = [len(patches) for patches in members]
+        assert (name == "inter") == (max(sizes) > 1)
+        alone, _, parts = slow_encode(small_vit, torch.cat([tokens[image, :1], words]), sizes, schedule)
+        torch.testing.assert_close(encoded[image], alone, atol=1e-4, rtol=1e-4)
+        for token, words_of_it in enumerate(parts):
+            patches = torch.cat([members[word] for word in words_of_it])
+            assert set(patches.tolist()) == set((after.group[image] == token).nonzero().flatten().tolist())
+            expected = alone[1 + token].expand(len(patches), -1)
+            torch.testing.assert_close(full[image, 1 + patches], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(unmerge(torch.cat([run[1:] for run in encoded]), after), full[:, 1:])
