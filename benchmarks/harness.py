@@ -4,7 +4,6 @@ import argparse
 import csv
 import json
 import os
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vwt.backbones import create_model
 from vwt.building import BuildConfig, run_build
@@ -23,7 +21,7 @@ from vwt.codebook import Codebook
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError, ModelError, first_line
 from vwt.patches import SPACES, PatchSpec, Space, normalise
-from vwt.timing import Calls, Seconds, interleave, time_call  # noqa: F401
+from vwt.timing import Calls, Seconds, interleave
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -133,20 +131,12 @@ def sample_images(arguments: argparse.Namespace, model: nn.Module, count: int) -
     Raises:
         DataError: if there are too few.
     """
-    source = ImageSource(arguments.data, model)
-    order = list(range(len(source)))
-    random.Random(arguments.seed).shuffle(order)
-    images: list[Tensor] = []
-    bar = tqdm(total=count, desc="images", unit="img", disable=arguments.quiet)
-    with bar:
-        # A stream has no length; its first images have to do.
-        batches = (next(source.batches(1, start=i)) for i in order) if order else source.batches(1)
-        for batch in batches:
-            images += list(batch.images)
-            bar.update(len(batch.images))
-            if len(images) == count:
-                return torch.stack(images)
-    raise DataError(f"{arguments.data} has {len(images)} images that can be read, {count} were asked for with --images")
+    images = ImageSource(arguments.data, model).sample(count, seed=arguments.seed, progress=not arguments.quiet)
+    if len(images) < count:
+        raise DataError(
+            f"{arguments.data} has {len(images)} images that can be read, {count} were asked for with --images"
+        )
+    return images
 
 
 def load_codebooks(

@@ -12,7 +12,7 @@ the reduction is free: as many tokens as the variant has, or, for images of diff
 all (the sum of tokens run dense). `ms` and its quartiles are over all batches and runs; every ratio (`ratio` to the
 full model, `efficiency` = ideal / actual, `vs_padding`, the throughput relative to padding with a mask) is the median
 over batches of the ratio of the two medians over runs. `tokens` include the class token, and are the mean over images
-of what enters block 0; for ToMe and top-k the mean over blocks.
+of what enters block 0; for schedules, ToMe and top-k the mean over blocks.
 
 --matching times finding the words of real patches alone, by brute force and as the strategy does it, and compares the
 answers on all images. --scaling shows how time grows with images in a batch, with words, and with resolution; the
@@ -20,7 +20,6 @@ exponent is the slope in logarithms, 1 is linear.
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,22 +45,25 @@ from harness import (
     save_results,
     spread,
 )
-from peers import ClassAttentionTopK, PadAndMask, TokenMerging
+from peers import ClassAttentionTopK, PadAndMask, PruneOneMoreToken, TokenMerging
 from torch import Tensor, nn
 
-from vwt import InterImage, IntraImage, VWTokenizer
+from vwt import InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.cli import Parser
 from vwt.environment import hardware
 from vwt.errors import ArgumentError, VWTError
 from vwt.patches import Space
+from vwt.plots import check_picture, subplots
+from vwt.pruning import patches_entering
 from vwt.timing import Calls, Seconds
 
 DROPS = (0.25, 0.33, 0.5)
+SCHEDULES = [PruningSchedule({3: Prune(removed)}) for removed in (28, 56, 84)] + [PruningSchedule({3: Merge(60)})]
 ALL_WORDS: list[tuple[Space, int]] = [(s, k) for s in ("embedding", "pixel") for k in (100, 1000, 10000)]
 LATENCY = {
     "name": "", "tokens": ".1f", "ms": ".2f", "ms_q1": ".2f", "ms_q3": ".2f", "ratio": ".3f", "ideal_ms": ".2f",
-    "efficiency": ".3f", "images_per_second": ".1f", "vs_padding": ".3f",
+    "efficiency": ".3f", "images_per_second": ".1f", "vs_padding": ".3f", "vs_paper": ".3f",
 }  # fmt: skip
 EXPONENTS = {"of": "", "x": "", "name": "", "exponent": ".2f"}
 FEW = 8  # batches of each size that scaling is measured on
@@ -90,6 +92,9 @@ def make_parser() -> Parser:
     parser.add_argument("--torchcompile", action="store_true", help="compile everything that is measured")
     parser.add_argument("--threshold", nargs="+", type=float, default=[0.1], help="cosine distances of InterImage")
     parser.add_argument("--topk", nargs="+", type=positive, default=[84, 112], help="patches that top-k keeps")
+    parser.add_argument(
+        "--schedule", action="append", type=Path, metavar="JSON", help="of vwt schedule; can be repeated"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave the comparators out")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency over tokens")
     parser.add_argument("--matching", action="store_true", help="tables of matching time instead")
@@ -106,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ArgumentError("--plot draws the table of latency; leave out --matching and --scaling")
     if arguments.images < arguments.batch_size:
         raise ArgumentError(f"--images {arguments.images} do not fill a batch of --batch-size {arguments.batch_size}")
-    check_plot(arguments.plot)
+    check_picture(arguments.plot)
     paths = results_paths(arguments.results_file)
     bench = Bench(arguments, open_device(arguments), load_model(arguments))
     bench.codebooks = load_codebooks(arguments, bench.model, ALL_WORDS if tables_instead else [("embedding", 1000)])
@@ -175,7 +180,7 @@ class Variant:
     Attributes:
         name: of its row.
         tokens: mean tokens, prefix included.
-        calls: "actual", and where there is one "ideal" and "padded".
+        calls: "actual", and where there is one "ideal", "padded" and "paper".
     """
 
     name: str
@@ -201,6 +206,7 @@ def make_variants(bench: Bench, strategies: Strategies, batches: list[Tensor], *
         Variant("full", tokens, {"actual": full}),
         Variant("VWTokenizer, no strategy", tokens, {"actual": wrapped, "ideal": full}),
         *(vwt_variant(bench, name, strategy, batches, peers) for name, strategy in strategies.items()),
+        *(schedule_variant(bench, schedule, batches, peers) for schedule in make_schedules(bench, tokens)),
     ]
     if peers:
         for name, module in make_peers(bench).items():
@@ -236,6 +242,29 @@ def vwt_variant(
     if padded and len(batches[0]) > 1 and isinstance(strategy, InterImage):
         calls["padded"] = on_batches(bench.compiled(PadAndMask(fast)), batches)
     return Variant(name, float(torch.cat(counts).float().mean()), calls)
+
+
+def make_schedules(bench: Bench, tokens: int) -> list[PruningSchedule]:
+    """Those of the options, else the paper's and one merge, as far as the model can do them."""
+    if bench.arguments.schedule is not None:
+        return [PruningSchedule.load(path) for path in bench.arguments.schedule]
+    depth, patches = len(bench.model.blocks), tokens - Backbone(bench.model).prefix  # type: ignore[arg-type]
+    return [
+        s for s in SCHEDULES if all(b < depth and what.wanted(patches) <= what.most(patches) for b, what in s.items())
+    ]
+
+
+def schedule_variant(bench: Bench, schedule: PruningSchedule, batches: list[Tensor], peers: bool) -> Variant:
+    """A schedule, and where it is a single pruning, the same in the paper's way."""
+    fast = VWTokenizer(bench.model, schedule=schedule)
+    calls: Calls = {"actual": on_batches(bench.compiled(fast), batches)}
+    if peers and len(schedule) == 1 and isinstance(what := next(iter(schedule.values())), Prune):
+        patches = fast.backbone.patches
+        paper = PruneOneMoreToken(bench.model, what.removed(patches), next(iter(schedule)))
+        calls["paper"] = on_batches(bench.compiled(paper), batches)
+    entering = patches_entering(schedule, fast.backbone.depth, fast.backbone.patches)[:-1]
+    name = ", ".join(f"{what!r} in block {block}" for block, what in schedule.items())
+    return Variant(name, fast.backbone.prefix + sum(entering) / len(entering), calls)
 
 
 def on_batches(module: Callable[..., Any], batches: list[Tensor]) -> Callable[[int], Any]:
@@ -275,20 +304,12 @@ def make_rows(variants: Sequence[Variant], seconds: Sequence[Seconds], batch_siz
             if "ideal" in times:
                 row["ideal_ms"] = spread(times["ideal"])[1]
                 row["efficiency"] = ratio(times["ideal"], times[role])
+            if role == "actual" and "paper" in times:
+                row["vs_paper"] = ratio(times["actual"], times["paper"])
             if "padded" in times:
                 row["vs_padding"] = ratio(times["padded"], times[role])
             rows.append(row)
     return rows
-
-
-def check_plot(path: Path | None) -> None:
-    """Raise ArgumentError, before anything is measured, if a plot is asked for that cannot be drawn."""
-    if path is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("--plot needs matplotlib; pip install 'vwt[plots]'")
-    if path.suffix.lower() not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
-        raise ArgumentError(f"cannot draw {path}; expected a .png, .svg or .pdf in a folder that exists")
 
 
 def plot_latency(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -299,12 +320,7 @@ def plot_latency(path: Path, rows: Sequence[Row], title: str) -> None:
         rows: with name, tokens, ms, ms_q1, ms_q3 and, where there is one, ideal_ms.
         title: of the plot.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="tight")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, ((axes,),) = subplots(1, 1, size=(9, 6))
     ideal = sorted((row["tokens"], row["ideal_ms"]) for row in rows if row.get("ideal_ms") is not None)
     if ideal:
         axes.plot(*zip(*ideal, strict=True), color="0.6", linestyle="--", marker=".", label="ideal: reduction for free")

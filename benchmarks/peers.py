@@ -1,4 +1,4 @@
-"""Comparators, written afresh from their papers: ToMe, class-attention top-k, and padding with a mask.
+"""Comparators, written afresh from their papers: ToMe, class-attention top-k, POMT, and padding with a mask.
 
 They take a timm `VisionTransformer` with one class token, class-token pooling and plain blocks, in eval mode, and never
 change it. They are measured against, and nothing in `vwt` depends on them.
@@ -103,6 +103,50 @@ class ClassAttentionTopK(nn.Module):
     def lengths(self, tokens: int) -> list[int]:
         """Tokens that enter each block, class token included, when so many enter the first one."""
         return [tokens if i <= self.block else min(tokens, self.keep + 1) for i in range(len(self.model.blocks))]
+
+
+class PruneOneMoreToken(nn.Module):
+    """Prune One More Token (Eliopoulos et al., WACV 2025, arXiv 2407.05941) in the paper's way.
+
+    Every block computes its attention explicitly, although one prunes; an image's scores are divided by its own
+    maximum, so that the answers are those of `vwt.Prune`.
+
+    Args:
+        model: see the module's docstring.
+        removed: R; R + 1 patches become one token, their mean.
+        block: index of the block that prunes.
+    """
+
+    def __init__(self, model: nn.Module, removed: int, block: int = 3) -> None:
+        super().__init__()
+        check_model(model)
+        self.model: Any = model
+        self.removed, self.block = removed, block
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised for the model, to its output (B, classes)."""
+        tokens = embed(self.model, images)
+        for index, block in enumerate(self.model.blocks):
+            attn, normed = block.attn, block.norm1(tokens)
+            batch, count, _ = normed.shape
+            qkv = attn.qkv(normed).view(batch, count, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+            query, keys, value = attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2]
+            weights = ((query * attn.scale) @ keys.transpose(-2, -1)).softmax(dim=-1)
+            mixed = (weights @ value).transpose(1, 2).reshape(batch, count, attn.attn_dim)
+            tokens = tokens + block.ls1(attn.proj(attn.norm(mixed)))
+            if index == self.block:
+                tokens = self._prune(tokens, weights, value)
+            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        return self.model.forward_head(self.model.norm(tokens))
+
+    def _prune(self, tokens: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+        received = weights.amax(dim=1)[:, 1:, 1:].sum(dim=1)
+        energy = value.amax(dim=1).sum(dim=-1).softmax(dim=-1)[:, 1:]
+        score = received / received.amax(dim=-1, keepdim=True) + energy
+        order = score.sort(dim=1, descending=True).indices + 1
+        kept, dropped = order.split([order.shape[1] - self.removed - 1, self.removed + 1], dim=1)
+        kept = F.pad(kept.sort(dim=1).values, (1, 0))
+        return torch.cat([select(tokens, kept), select(tokens, dropped).mean(dim=1, keepdim=True)], dim=1)
 
 
 class PadAndMask(nn.Module):

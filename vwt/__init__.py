@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from vwt.building import build_codebook
 from vwt.codebook import Codebook
+from vwt.profile import LatencyProfile
 from vwt.pruning import Merge, Prune
 from vwt.schedule import PruningSchedule
 from vwt.strategies import InterImage, IntraImage
@@ -14,6 +15,7 @@ __all__ = [
     "Codebook",
     "InterImage",
     "IntraImage",
+    "LatencyProfile",
     "Merge",
     "Prune",
     "PruningSchedule",

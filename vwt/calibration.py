@@ -1,5 +1,6 @@
 """What reductions do to the answers of a model, on unlabelled images."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vwt.errors import ArgumentError
+from vwt.datasets import ImageSource
+from vwt.errors import ArgumentError, DataError
 from vwt.packing import Packed
+from vwt.patches import PatchSpec, normalise
 from vwt.pruning import Reduction
 from vwt.strategies import Strategy
 from vwt.tokenizer import VWTokenizer
@@ -17,6 +20,31 @@ from vwt.words import Words
 
 BATCH = 16
 LEAST = 16  # images
+ENOUGH = 256  # images, unless told otherwise
+
+
+def load_images(
+    source: str | os.PathLike[str], model: nn.Module, count: int = ENOUGH, *, seed: int = 0, progress: bool = True
+) -> Tensor:
+    """Images (n, C, H, W) of a data set, drawn at random and normalised for the model, on its device.
+
+    Args:
+        source: anything that timm's dataset factory reads, see `vwt.datasets.ImageSource`.
+        model: of timm.
+        count: how many; fewer if there are not as many.
+        seed: of the draw.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: if there is no such data set, or it has less than 16 images that can be read.
+    """
+    images = ImageSource(os.fspath(source), model).sample(count, seed=seed, progress=progress)
+    if len(images) < LEAST:
+        raise DataError(
+            f"{source} has {len(images)} images that can be read; calibration needs at least {LEAST}"
+        )
+    spec, weight = PatchSpec.of(model), next(model.parameters())
+    return normalise(images.to(weight.device), spec.mean, spec.std).to(weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,25 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+import torch
+from torch import nn
 
 from vwt.backbones import create_model
 from vwt.building import BACKENDS, BuildConfig, BuildReport, run_build
+from vwt.calibration import ENOUGH, Calibration, load_images
 from vwt.datasets import check_source
-from vwt.errors import VWTError
+from vwt.energy import environment_report
+from vwt.errors import ArgumentError, VWTError, first_line
 from vwt.patches import SPACES
+from vwt.plots import check_picture, plot_profile, plot_utility
+from vwt.profile import POINTS, RUNS, LatencyProfile
+from vwt.schedule import PruningSchedule
+from vwt.sensors import POWERCAP
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where: print(f"vwt: {message}", file=sys.stderr)
+            return int(arguments.run(arguments))
     except VWTError as error:
         print(f"vwt: {error}", file=sys.stderr)
         return 2
@@ -37,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="vwt", description="Visual words for Vision Transformers.")
     commands = parser.add_subparsers(title="commands", required=True)
     _add_build(commands)
+    _add_profile(commands)
+    _add_schedule(commands)
+    _add_env(commands)
     return parser
 
 
@@ -100,6 +116,140 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     print(build_summary(report, config))
     print(f"{arguments.out}")
+    return 0
+
+
+def _add_env(commands: "argparse._SubParsersAction[Parser]") -> None:
+    env = commands.add_parser("env", help="print devices, energy sensors, threads and versions")
+    env.add_argument("--powercap", type=Path, default=POWERCAP, metavar="DIR", help="folder of RAPL's counters")
+    env.set_defaults(run=_env, if_interrupted="")
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    print(environment_report(arguments.powercap))
+    return 0
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that run a model."""
+    parser.add_argument("--model", required=True, help="timm model")
+    parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
+    parser.add_argument("--device", default="cpu", help="where the model runs")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch takes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _open_model(arguments: argparse.Namespace) -> nn.Module:
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ArgumentError(f"--threads is {arguments.threads}; expected at least 1")
+        torch.set_num_threads(arguments.threads)
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"no device {arguments.device!r}: {first_line(error)}") from error
+    model = create_model(arguments.model, arguments.checkpoint)
+    return model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
+
+
+def _add_profile(commands: "argparse._SubParsersAction[Parser]") -> None:
+    profile = commands.add_parser(
+        "profile",
+        help="measure what tokens cost on this device",
+        description="Measure the latency of a model's parts over token counts, on this device.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(profile)
+    profile.add_argument("--batch-size", type=int, default=1, help="images at a time")
+    profile.add_argument("--points", type=int, default=POINTS, help="token counts to measure")
+    profile.add_argument("--runs", type=int, default=RUNS, help="runs of each part, of which the median is taken")
+    profile.add_argument("--seed", type=int, default=0, help="of the order, and of the forwards that are checked")
+    profile.add_argument("--out", required=True, help="where to write the profile: NAME.json")
+    profile.add_argument("--plot", metavar="FILE", help="draw latency over tokens")
+    profile.set_defaults(run=_profile, if_interrupted="; nothing was written")
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    check_picture(arguments.plot)
+    profile = LatencyProfile.measure(
+        _open_model(arguments),
+        arguments.batch_size,
+        points=arguments.points,
+        runs=arguments.runs,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    profile.save(arguments.out)
+    print(profile_summary(profile))
+    if arguments.plot:
+        plot_profile(arguments.plot, profile)
+    print(arguments.out)
+    return 0
+
+
+def profile_summary(profile: LatencyProfile) -> str:
+    """The profile as a table of text."""
+    machine = profile.machine
+    lines = [
+        f"{profile.model}, batch {profile.batch_size}, {profile.dtype}, {machine['cpu']}, {machine['device']}, "
+        f"{machine['threads']} threads",
+        "tokens  one block, ms  of it attention",
+    ]
+    rows = zip(profile.counts, profile.block, profile.attention, strict=True)
+    knees = profile.knees()
+    lines += [f"{n:>6}  {block:>13.3f}  {own:>15.3f}{'  knee' if n in knees else ''}" for n, block, own in rows]
+    lines.append(
+        f"whole model {profile.predict():.2f} ms; predictions of forwards err by {100 * profile.error:.1f} % (median)"
+    )
+    return "\n".join(lines)
+
+
+def _add_schedule(commands: "argparse._SubParsersAction[Parser]") -> None:
+    schedule = commands.add_parser(
+        "schedule",
+        help="choose which blocks prune or merge how many tokens",
+        description="Choose which blocks prune or merge how many tokens: within a budget, or by the paper's utility.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(schedule)
+    schedule.add_argument("--profile", required=True, help="of vwt profile, on this device")
+    schedule.add_argument("--images", required=True, help="a folder of images to calibrate on, or hfds/…, torch/…")
+    goal = schedule.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--ratio", type=float, help="budget, of the full model's latency")
+    goal.add_argument("--milliseconds", type=float, help="budget a batch")
+    goal.add_argument("--utility", action="store_true", help="Prune One More Token's choice for one block")
+    schedule.add_argument("--alpha", type=float, default=0.5, help="weight of latency, for --utility")
+    schedule.add_argument("--block", type=int, help="that prunes, for --utility; by default a quarter of the way")
+    schedule.add_argument("--count", type=int, default=ENOUGH, help="images to draw")
+    schedule.add_argument("--seed", type=int, default=0, help="of the draw")
+    schedule.add_argument("--out", required=True, help="where to write the schedule: NAME.json")
+    schedule.add_argument("--plot", metavar="FILE", help="draw utility over tokens, for --utility")
+    schedule.set_defaults(run=_schedule, if_interrupted="; nothing was written")
+
+
+def _schedule(arguments: argparse.Namespace) -> int:
+    if arguments.plot and not arguments.utility:
+        raise ArgumentError("--plot draws the utility; give --utility, or leave it out")
+    check_picture(arguments.plot)
+    check_source(arguments.images)
+    profile, show = LatencyProfile.load(arguments.profile), not arguments.quiet
+    model = _open_model(arguments)
+    profile.check(model)
+    images = load_images(arguments.images, model, arguments.count, seed=arguments.seed, progress=show)
+    if arguments.utility:
+        block = profile.depth // 4 if arguments.block is None else arguments.block
+        counts = [profile.prefix + n for n in range(profile.patches, 0, -max(1, profile.patches // 14))]
+        accuracy = Calibration(model, images, progress=show).removal(block, counts, seed=arguments.seed, progress=show)
+        schedule = PruningSchedule.from_utility(profile, accuracy, arguments.alpha, block)
+        if arguments.plot:
+            plot_utility(arguments.plot, profile, accuracy, arguments.alpha, block)
+    else:
+        budget = {"milliseconds": arguments.milliseconds, "ratio": arguments.ratio}
+        schedule = PruningSchedule.for_budget(profile, model, images, **budget, progress=show)
+    schedule.save(arguments.out)
+    print(schedule.table(profile) if schedule else "do not prune: the full model is within the budget or as fast")
+    print(arguments.out)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
 
 from vwt.errors import DataError, first_line
 
@@ -93,6 +95,23 @@ class ImageSource:
             collate_fn=self._collate,
         )
         yield from loader
+
+    def sample(self, count: int, *, seed: int = 0, progress: bool = False) -> Tensor:
+        """Images (count, C, H, W) uint8 drawn at random, fewer if there are not as many that can be read.
+
+        The first ones of a stream, which has no length.
+        """
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        batches = (next(self.batches(1, start=index)) for index in order) if order else self.batches(1)
+        images: list[Tensor] = []
+        with tqdm(total=count, desc="images", unit="img", disable=not progress) as bar:
+            for batch in batches:
+                if len(images) == count:
+                    break
+                images += list(batch.images)
+                bar.update(len(batch.images))
+        return torch.stack(images) if images else torch.empty(0, *self.input_size).byte()
 
     def _stream(self, batch_size: int, start: int) -> Iterator[Batch]:
         items = enumerate(iter(self.dataset))

@@ -1,13 +1,17 @@
-"""Pictures of words and groups. Needs matplotlib: `pip install vwt[plots]`."""
+"""Pictures of words, groups, profiles and schedules. Needs matplotlib: `pip install vwt[plots]`."""
 
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vwt.errors import ArgumentError
+from vwt.profile import LatencyProfile
+from vwt.schedule import down_to, utility
 from vwt.words import Words
 
 
@@ -55,7 +59,7 @@ def save_groups(
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
-    figure, axes = _subplots(2, len(images))
+    figure, axes = subplots(2, len(images))
     for column, (image, title) in enumerate(zip(images, titles, strict=True)):
         for row, shown in enumerate((image, colour_groups(image, words, column))):
             axes[row][column].imshow(shown.permute(1, 2, 0).clamp(0, 1).numpy())
@@ -65,12 +69,80 @@ def save_groups(
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def _subplots(rows: int, columns: int) -> tuple[Any, Any]:
+def plot_profile(path: str | os.PathLike[str], profile: LatencyProfile) -> None:
+    """Draw the latency of a block over tokens, its knees, and predicted against measured forwards.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
+    figure, axes = subplots(1, 2, size=(5.5, 4.2))
+    left, right = axes[0]
+    left.plot(profile.counts, profile.block, marker=".", label="one block")
+    left.plot(profile.counts, profile.attention, marker=".", label="of that, up to its attention")
+    left.plot(profile.counts, profile.counting, linestyle=":", label="one block after a merge")
+    for count in profile.knees():
+        left.axvline(count, color="0.7", linestyle="--", linewidth=1)
+        left.annotate(f"{count}", (count, 0), fontsize=8, color="0.4", ha="center")
+    left.set(xlabel="tokens (dashed: knees)", ylabel="milliseconds a batch", ylim=(0, None))
+    left.legend(fontsize=8)
+    measured, predicted = ([check[name] for check in profile.checks] for name in ("measured", "predicted"))
+    right.plot([0, max(measured, default=1)], [0, max(measured, default=1)], color="0.7", linewidth=1)
+    right.plot(measured, predicted, "o")
+    right.set(xlabel="measured forward, ms", ylabel="predicted, ms", title=f"median error {100 * profile.error:.1f} %")
+    machine = profile.machine
+    figure.suptitle(
+        f"{profile.model}, batch {profile.batch_size}, {profile.dtype}\n{machine['cpu']}, {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}",
+        fontsize=8,
+    )
+    figure.savefig(path, dpi=120)
+
+
+def plot_utility(
+    path: str | os.PathLike[str], profile: LatencyProfile, accuracy: Mapping[int, float], alpha: float, block: int
+) -> None:
+    """Draw latency, accuracy and utility over the tokens that are left, and the choice.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
+    curve = utility(profile, accuracy, alpha, block)
+    counts = list(curve)
+    latency = [profile.predict(down_to(profile, block, n)) / profile.predict() for n in counts]
+    figure, axes = subplots(1, 1, size=(6.5, 4.2))
+    axes = axes[0][0]
+    axes.plot(counts, latency, label="latency, of the full model's")
+    axes.plot(counts, [accuracy[n] for n in counts], marker=".", label="accuracy under random removal")
+    axes.plot(counts, [curve[n] for n in counts], marker="o", label=f"utility, alpha {alpha:g}")
+    best = max(curve, key=lambda n: (curve[n], n))
+    axes.axvline(best, color="0.7", linestyle="--", linewidth=1)
+    axes.set(xlabel=f"tokens left after block {block}", ylim=(0, None), title=f"{profile.model}: {best} tokens")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def check_picture(path: str | os.PathLike[str] | None) -> None:
+    """Raise ArgumentError, before anything is measured, if a picture is asked for that cannot be drawn."""
+    if path is None:
+        return
+    path = Path(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise ArgumentError(f"cannot draw {path}; expected a .png, .svg or .pdf in a folder that exists")
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float] = (2.4, 2.5)) -> tuple[Any, Any]:
+    """A figure without pyplot, and its axes (rows, columns), each of a size in inches.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'") from error
-    figure = Figure(figsize=(2.4 * columns, 2.5 * rows), layout="tight")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="tight")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -30,6 +30,7 @@ from vwt.timing import Calls, interleave
 
 VERSION = 1
 POINTS = 16  # token counts that are measured
+RUNS = 15  # of each part
 FORWARDS = 32  # forwards with schedules, from which what reductions cost is fitted
 CHECKS = 8  # of them, on which predictions are checked, and from which nothing is fitted
 
@@ -83,7 +84,7 @@ class LatencyProfile:
         device: torch.device | str | None = None,
         *,
         points: int = POINTS,
-        runs: int = 15,
+        runs: int = RUNS,
         seed: int = 0,
         progress: bool = True,
     ) -> "LatencyProfile":

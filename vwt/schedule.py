@@ -1,12 +1,16 @@
 """PruningSchedule: in which blocks how many tokens go."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
 from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError
-from vwt.pruning import KINDS, Prune, Reduction
+from vwt.profile import LatencyProfile
+from vwt.pruning import KINDS, Prune, Reduction, patches_entering
 
 VERSION = 1
 
@@ -72,6 +76,92 @@ class PruningSchedule(Mapping[int, Reduction]):
                 )
             patches -= wanted
 
+    @classmethod
+    def from_utility(
+        cls, profile: LatencyProfile, accuracy: Mapping[int, float], alpha: float = 0.5, block: int | None = None
+    ) -> "PruningSchedule":
+        """The schedule of Prune One More Token (section 3.1): one block prunes down to the count of highest utility.
+
+        Args:
+            profile: of the model, on the device.
+            accuracy: by tokens that are left, prefix tokens included, as `vwt.calibration.Calibration.removal` measures
+                it; all tokens among them.
+            alpha: weight of latency against accuracy, in [0, 1].
+            block: which one prunes; by default a quarter of the way, as in the paper.
+
+        Returns:
+            The empty schedule, where all tokens have the highest utility.
+
+        Raises:
+            ArgumentError: for an alpha out of range, or counts that pruning cannot reach.
+        """
+        block = profile.depth // 4 if block is None else block
+        curve = utility(profile, accuracy, alpha, block)
+        best = max(curve, key=lambda count: (curve[count], count))
+        return cls(down_to(profile, block, best))
+
+    @classmethod
+    def for_budget(
+        cls,
+        profile: LatencyProfile,
+        model: nn.Module,
+        images: Tensor | str | os.PathLike[str],
+        *,
+        milliseconds: float | None = None,
+        ratio: float | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> "PruningSchedule":
+        """The schedule within a budget of predicted latency that changes the model's answers least.
+
+        Searched over blocks, operations and counts; what is compared is KL(full ‖ reduced) on unlabelled images.
+
+        Args:
+            profile: of the model, on the device.
+            model: in eval mode.
+            images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of
+                which 256 are drawn.
+            milliseconds: budget a batch, or
+            ratio: the same as a share of the full model's.
+            seed: of the draw.
+            progress: show progress bars.
+
+        Returns:
+            The empty schedule, where the budget is as large as the full model, or no schedule would be faster.
+
+        Raises:
+            ArgumentError: for no budget, two, one that is none, or one below the least that is possible.
+            MismatchError: if the profile is of another model.
+            DataError: if there are too few images.
+        """
+        # They need the tokenizer, which needs schedules.
+        from vwt.calibration import Calibration, load_images
+        from vwt.search import SCREEN, Search
+
+        if (milliseconds is None) == (ratio is None):
+            raise ArgumentError("for_budget needs a budget: either milliseconds=… or ratio=…")
+        limit = milliseconds if ratio is None else ratio * profile.predict()
+        if limit is None or not 0 < limit < math.inf:
+            raise ArgumentError(f"the budget is {limit} ms; expected a positive number")
+        profile.check(model)
+        if limit >= profile.predict():
+            return cls({})
+        if not isinstance(images, Tensor):
+            images = load_images(images, model, seed=seed, progress=progress)
+        calibration = Calibration(model, images, keep=SCREEN, progress=progress)
+        return cls(Search(profile, calibration, progress=progress).best(limit))
+
+    def table(self, profile: LatencyProfile) -> str:
+        """Tokens that enter each block, what it removes, and predicted milliseconds, as a table of text."""
+        entering = patches_entering(self, profile.depth, profile.patches)
+        lines = [f"{'block':>5}  {'tokens':>6}  reduction"]
+        for block, count in enumerate(entering[:-1]):
+            what = self.get(block)
+            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {'' if what is None else what!r}".rstrip())
+        full, own = profile.predict(), profile.predict(self)
+        lines.append(f"predicted {own:.2f} ms of {full:.2f} ms ({own / full:.3f}) for a batch of {profile.batch_size}")
+        return "\n".join(lines)
+
     def to_json(self) -> list[dict[str, Any]]:
         """As it is written into files."""
         return [{"block": b, "operation": what.kind, "amount": what.amount} for b, what in self.items()]
@@ -134,3 +224,38 @@ def _check_reduction(what: Any) -> Reduction:
             f"the schedule has {what!r}; expected a number, {' or '.join(k.__name__ for k in KINDS.values())}"
         )
     return what
+
+
+def utility(profile: LatencyProfile, accuracy: Mapping[int, float], alpha: float, block: int) -> dict[int, float]:
+    """U(n) = α · (1 - L(n) / max L) + (1 - α) · A(n) / max A of Prune One More Token, section 3.1.
+
+    L(n) is the latency of the whole model when n tokens are left after pruning in that block: what is measured is what
+    is deployed.
+
+    Args:
+        profile: of the model.
+        accuracy: A by tokens that are left, prefix tokens included.
+        alpha: in [0, 1].
+        block: which one prunes.
+
+    Raises:
+        ArgumentError: for an alpha out of range, or counts that pruning cannot reach.
+    """
+    if not 0 <= alpha <= 1:
+        raise ArgumentError(f"alpha is {alpha}; expected a weight in [0, 1]")
+    total = profile.prefix + profile.patches
+    if total not in accuracy or max(accuracy.values()) <= 0:
+        raise ArgumentError(
+            f"accuracy is known for {sorted(accuracy)} tokens; expected {total}, all of them, among these"
+        )
+    latency = {count: profile.predict(down_to(profile, block, count)) for count in accuracy}
+    slowest, best = max(latency.values()), max(accuracy.values())
+    return {n: alpha * (1 - latency[n] / slowest) + (1 - alpha) * accuracy[n] / best for n in sorted(accuracy)}
+
+
+def down_to(profile: LatencyProfile, block: int, count: int) -> dict[int, Reduction]:
+    """Pruning in a block that leaves so many tokens."""
+    removed = profile.prefix + profile.patches - count
+    if removed:
+        PruningSchedule({block: removed}).check(profile.depth, profile.patches)
+    return {block: Prune(removed)} if removed else {}
