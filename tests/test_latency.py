@@ -87,7 +87,7 @@ def test_errors_are_one_line(capsys, options, message):
 
 
 def test_plot_without_matplotlib(capsys, monkeypatch):
-    monkeypatch.setattr(latency.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, err = run(capsys, [*QUICK, "--plot", "plot.png"])
     assert (status, err.count("\n")) == (2, 1)
     assert "pip install 'vwt[plots]'" in err
@@ -180,10 +180,13 @@ def test_table_at_batch_1(capsys):
         "VWTokenizer, no strategy",
         *(f"IntraImage {drop}" for drop in (0.25, 0.33, 0.5)),
         "InterImage embedding 20, 0.1",
+        *(f"Prune({removed}) in block 3" for removed in (28, 56, 84)),
         "ToMe r 8",
         "ToMe r 13",
         "top-k, 50 kept in block 3",
     ]
+    assert [row["name"] for row in rows.values() if row.get("vs_paper")] == list(rows)[6:9]
+    assert rows["Prune(28) in block 3"]["tokens"] == (4 * 101 + 2 * 73) / 6
     assert [rows[f"IntraImage {drop}"]["tokens"] for drop in (0.25, 0.33, 0.5)] == [76, 68, 51]
     assert rows["ToMe r 8"]["tokens"] == sum(101 - 8 * block for block in range(6)) / 6
     assert rows["top-k, 50 kept in block 3"]["tokens"] == (4 * 101 + 2 * 51) / 6

@@ -128,9 +128,9 @@ class EnergyMeter:
                 sensor.begin(idle)
             except Exception as error:  # whatever a sensor's library raises must not stop what is measured
                 self._trouble[sensor.name] = first_line(error)
-        self._start_polling()
         self._begun = self._clock()
         self._cost = self._begun - entered
+        self._start_polling()
 
     def end(self, images: int = 0) -> Energy:
         """End the window, in which so many images were computed.
@@ -140,9 +140,9 @@ class EnergyMeter:
         """
         if self._begun is None:
             raise ArgumentError("no window has begun; call begin() before each end()")
-        entered = self._clock()
-        seconds, self._begun = entered - self._begun, None
+        seconds, self._begun = self._clock() - self._begun, None
         self._stop_polling()
+        entered = self._clock()
         devices = tuple(self._read(sensor, seconds, images) for sensor in self.sensors)
         self.check(seconds)
         return Energy(seconds, images, devices, self._cost + self._clock() - entered)
