@@ -30,6 +30,7 @@ class Packed:
         lengths: tokens of each image, prefix tokens included; they sum to T.
         sizes: (T,) float32, patches that each token stands for; None where all are 1.
         counted: (T,) float32, how often attention counts each token as a key; None where all are 1.
+        counts_itself: whether a token does so when it attends to itself.
         is_dense: whether all images have as many tokens.
     """
 
@@ -37,6 +38,7 @@ class Packed:
     lengths: tuple[int, ...]
     sizes: Tensor | None = None
     counted: Tensor | None = None
+    counts_itself: bool = True
     is_dense: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class Packed:
 
     def replace(self, values: Tensor) -> "Packed":
         """Other values of the same tokens."""
-        return Packed(values, self.lengths, self.sizes, self.counted)
+        return Packed(values, self.lengths, self.sizes, self.counted, self.counts_itself)
 
     def runs(self, values: Tensor) -> list[Tensor]:
         """What belongs to the tokens (T, ...) as dense tensors (b, n, ...): one of all images, or one for each."""
@@ -67,7 +69,9 @@ class Packed:
         return [run[None] for run in values.split(list(self.lengths))]
 
 
-def pack(prefix: Tensor, merged: Tensor, counts: tuple[int, ...], sizes: Tensor | None = None) -> Packed:
+def pack(
+    prefix: Tensor, merged: Tensor, counts: tuple[int, ...], sizes: Tensor | None = None, proportion: float = 0.0
+) -> Packed:
     """Put prefix tokens (B, P, C) before each image's run of merged tokens (T, C).
 
     Args:
@@ -75,11 +79,13 @@ def pack(prefix: Tensor, merged: Tensor, counts: tuple[int, ...], sizes: Tensor 
         merged: tokens image after image, as `vwt.words.merge` gives them.
         counts: tokens of each image, which sum to T.
         sizes: (T,) float32, patches in each merged token; None where all are 1.
+        proportion: p; attention counts a token as size ** p, but once when a token attends to itself.
     """
     lengths = tuple(prefix.shape[1] + n for n in counts)
     if sizes is not None:
         sizes = _join(sizes.new_ones(*prefix.shape[:2], 1), sizes[:, None], counts)[:, 0]
-    return Packed(_join(prefix, merged, counts), lengths, sizes)
+    counted = sizes**proportion if proportion and sizes is not None else None
+    return Packed(_join(prefix, merged, counts), lengths, sizes, counted, counts_itself=counted is None)
 
 
 def _join(prefix: Tensor, merged: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -138,10 +144,18 @@ def run_blocks(
 
 
 def _biases(packed: Packed) -> list[Tensor | None]:
-    """What is added to the attention logits of each of the runs, (b, 1, 1, n) or None."""
+    """What is added to the attention logits of each of the runs, (b, 1, 1 or n, n) or None."""
     if packed.counted is None:
         return [None] * (1 if packed.is_dense else len(packed.lengths))
-    return [bias[:, None, None] for bias in packed.runs(packed.counted.log().to(packed.values.dtype))]
+    biases = [bias[:, None, None] for bias in packed.runs(packed.counted.log().to(packed.values.dtype))]
+    return biases if packed.counts_itself else [_without_diagonal(bias) for bias in biases]
+
+
+def _without_diagonal(bias: Tensor) -> Tensor:
+    """(b, 1, 1, n) for each key, to (b, 1, n, n) that is 0 where query and key are the same token."""
+    square = bias.repeat(1, 1, bias.shape[-1], 1)
+    square.diagonal(dim1=-2, dim2=-1).zero_()
+    return square
 
 
 class _Attention(TorchFunctionMode):

@@ -226,7 +226,7 @@ def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
         new_counted.append(plan.count(count, size, total))
     lengths = tuple(value.shape[1] for value in values for _ in value)
     once = [count for count in new_counted if count is not None]
-    return Packed(_flat(values), lengths, _flat(new_sizes), _flat(once) if once else None)
+    return Packed(_flat(values), lengths, _flat(new_sizes), _flat(once) if once else None, packed.counts_itself)
 
 
 def _flat(runs: Sequence[Tensor]) -> Tensor:

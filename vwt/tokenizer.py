@@ -129,8 +129,9 @@ class VWTokenizer(nn.Module):
 
     def _merge_and_pack(self, tokens: Tensor, words: Words) -> Packed:
         prefix = self.backbone.prefix
-        sizes = words.sizes if self.schedule and words.kept is None else None
-        return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes)
+        proportion = self.strategy.proportion
+        sizes = words.sizes if proportion or (self.schedule and words.kept is None) else None
+        return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes, proportion)
 
     def _answer(self, packed: Packed, words: Words) -> Tensor:
         return self.backbone.answer(self.backbone.enter(packed), words, self.schedule)
