@@ -4,11 +4,13 @@ from importlib.metadata import version
 
 from vwt.building import build_codebook
 from vwt.codebook import Codebook
+from vwt.plan import Plan
 from vwt.profile import LatencyProfile
 from vwt.pruning import Merge, Prune
 from vwt.schedule import PruningSchedule
 from vwt.strategies import InterImage, IntraImage, Neighbours
 from vwt.tokenizer import VWTokenizer
+from vwt.tuning import tune
 
 __version__ = version("vwt")
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "LatencyProfile",
     "Merge",
     "Neighbours",
+    "Plan",
     "Prune",
     "PruningSchedule",
     "VWTokenizer",
     "build_codebook",
+    "tune",
 ]

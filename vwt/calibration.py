@@ -1,5 +1,6 @@
 """What reductions do to the answers of a model, on unlabelled images."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,7 @@ def load_images(
     """
     images = ImageSource(os.fspath(source), model).sample(count, seed=seed, progress=progress)
     if len(images) < LEAST:
-        raise DataError(
-            f"{source} has {len(images)} images that can be read; calibration needs at least {LEAST}"
-        )
+        raise DataError(f"{source} has {len(images)} images that can be read; calibration needs at least {LEAST}")
     spec, weight = PatchSpec.of(model), next(model.parameters())
     return normalise(images.to(weight.device), spec.mean, spec.std).to(weight.dtype)
 
@@ -83,16 +82,14 @@ class _Batch:
 
     words: Words
     entering: list[Packed]
-    full: Tensor
 
 
 class Calibration:
-    """A model, what it makes of images, and what reductions change of that.
+    """A model, what it makes of images, and what a strategy and reductions change of that.
 
     Args:
         model: see `vwt.backbones.SUPPORTED`, in eval mode.
         images: (n, C, H, W), normalised for the model, on its device; in a random order, if only the first are used.
-        strategy: what is done before the blocks.
         keep: of so many of the first images, the tokens that enter every block are kept, which spares time.
         progress: show a progress bar.
 
@@ -101,56 +98,60 @@ class Calibration:
         ImageError: for images that the model does not take.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        strategy: Strategy | None = None,
-        *,
-        keep: int = 0,
-        progress: bool = True,
-    ) -> None:
-        self.fast = VWTokenizer(model, strategy)
-        self.backbone = self.fast.backbone
-        self.backbone.check(images)
+    def __init__(self, model: nn.Module, images: Tensor, *, keep: int = 0, progress: bool = True) -> None:
         if len(images) < LEAST:
             raise ArgumentError(f"{len(images)} calibration images; expected at least {LEAST}")
         if model.training:
             raise ArgumentError("the model is in train mode; call .eval() first")
-        self.count = len(images)
-        self.batches: list[_Batch] = []
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(images), desc="full model", unit="img", disable=not progress) as bar,
-        ):
-            for batch in images.split(BATCH):
-                self.batches.append(self._begin(batch, whole=len(self.batches) * BATCH < keep))
-                bar.update(len(batch))
+        self.images, self.keep = images, keep
+        self._enter(VWTokenizer(model))
+        self.backbone.check(images)
+        with torch.inference_mode():
+            batches = tqdm(images.split(BATCH), desc="full model", unit="batch", disable=not progress)
+            self.full = [model(batch) for batch in batches]
+        if self.full[0].ndim != 2 or self.full[0].shape[1] < 2:
+            raise ArgumentError(f"the model's output has shape {tuple(self.full[0].shape)}; expected logits of classes")
 
-    def _begin(self, images: Tensor, *, whole: bool) -> _Batch:
-        full = self.fast.model(images)
-        if full.ndim != 2 or full.shape[1] < 2:
-            raise ArgumentError(f"the model's output has shape {tuple(full.shape)}; expected logits (batch, classes)")
-        packed, words = self.fast.pack(images)
-        entering = [self.backbone.enter(packed)]
-        for block in range(self.backbone.depth - 1 if whole else 0):
-            entering.append(self.backbone.run(entering[-1], start=block, stop=block + 1)[0])
-        return _Batch(words, entering, full)
+    def _enter(self, fast: VWTokenizer) -> None:
+        self.fast, self.backbone = fast, fast.backbone
+        self._batches: list[_Batch] = []
 
-    @property
-    def patches(self) -> float:
-        """Patch tokens that enter the first block, mean over images."""
-        return float(torch.cat([batch.words.counts for batch in self.batches]).float().mean())
+    def with_strategy(self, strategy: Strategy) -> "Calibration":
+        """The same images, reduced before the blocks."""
+        other = copy.copy(self)
+        other._enter(VWTokenizer(self.fast.model, strategy))
+        other.keep = 0
+        return other
+
+    def _batch(self, index: int) -> _Batch:
+        """Computed when first asked for."""
+        while len(self._batches) <= index:
+            start = len(self._batches) * BATCH
+            packed, words = self.fast.pack(self.images[start : start + BATCH])
+            entering = [self.backbone.enter(packed)]
+            for block in range(self.backbone.depth - 1 if start < self.keep else 0):
+                entering.append(self.backbone.run(entering[-1], start=block, stop=block + 1)[0])
+            self._batches.append(_Batch(words, entering))
+        return self._batches[index]
+
+    @torch.inference_mode()
+    def patches(self, images: int | None = None) -> float:
+        """Patch tokens that enter the first block, mean over the first images or all."""
+        counts = [self._batch(index).words.counts for index in self._range(images)]
+        return float(torch.cat(counts).float().mean())
+
+    def _range(self, images: int | None) -> range:
+        return range(len(self.full) if images is None else min(len(self.full), -(-images // BATCH)))
 
     @torch.inference_mode()
     def evaluate(self, reductions: Mapping[int, Reduction], images: int | None = None) -> Fidelity:
         """What reductions change, on the first images or on all."""
-        reduced, full = [], []
-        for batch in self.batches[: None if images is None else -(-images // BATCH)]:
+        reduced = []
+        for index in self._range(images):
+            batch = self._batch(index)
             start = min(min(reductions, default=self.backbone.depth), len(batch.entering) - 1)
             reduced.append(self.backbone.answer(batch.entering[start], batch.words, reductions, start))
-            full.append(batch.full)
-        return compare(torch.cat(full), torch.cat(reduced))
+        return compare(torch.cat(self.full[: len(reduced)]), torch.cat(reduced))
 
     @torch.inference_mode()
     def removal(
@@ -177,20 +178,20 @@ class Calibration:
         Raises:
             ArgumentError: for counts that there are not, or labels that do not fit.
         """
-        prefix, most = self.backbone.prefix, self.backbone.prefix + self.batches[0].words.group.shape[1]
+        prefix, most = self.backbone.prefix, self.backbone.prefix + self.backbone.patches
         if self.fast.strategy is not None or not counts or not all(prefix < count <= most for count in counts):
             raise ArgumentError(
                 f"counts are {list(counts)}; expected some of {prefix + 1} to {most}, without a strategy"
             )
-        if labels is not None and labels.shape != (self.count,):
-            raise ArgumentError(f"labels have shape {tuple(labels.shape)}; expected ({self.count},)")
+        if labels is not None and labels.shape != (len(self.images),):
+            raise ArgumentError(f"labels have shape {tuple(labels.shape)}; expected ({len(self.images)},)")
         generator = torch.Generator().manual_seed(seed)
         attention, mlp = self.backbone.halves(self.backbone.blocks[block])
         right: dict[int, list[Tensor]] = {count: [] for count in counts}
-        for index, batch in enumerate(tqdm(self.batches, desc="random removal", unit="batch", disable=not progress)):
-            own = slice(index * BATCH, index * BATCH + len(batch.full))
-            target = batch.full.argmax(-1) if labels is None else labels[own].to(batch.full.device)
-            packed, _ = self.backbone.run(batch.entering[0], stop=block)
+        for index, full in enumerate(tqdm(self.full, desc="random removal", unit="batch", disable=not progress)):
+            own = slice(index * BATCH, index * BATCH + len(full))
+            target = full.argmax(-1) if labels is None else labels[own].to(full.device)
+            packed, _ = self.backbone.run(self._batch(index).entering[0], stop=block)
             tokens = attention(packed.dense(), None)
             order = (
                 torch.rand(len(tokens), most - prefix, generator=generator).argsort(dim=1).to(tokens.device) + prefix

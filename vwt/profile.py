@@ -4,13 +4,14 @@ Token counts include prefix tokens, here and wherever latency is counted, so tha
 """
 
 import copy
+import itertools
 import os
 import random
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -132,21 +133,27 @@ class LatencyProfile:
         reductions = {block: what for block, what in reductions.items() if block != last}
         entering = patches_entering(reductions, self.depth, self.patches if patches is None else patches)
         total, merged = self.embed + self.head + self._reducing(reductions, entering), False
+        whole, attention, counting = (self._tables[name] for name in ("block", "attention", "counting"))
         for block in range(self.depth):
             count, left = (self.prefix + n for n in entering[block : block + 2])
             left = self.prefix if block == last else left
-            total += self._at(self.attention, count) + self._at(self.block, left) - self._at(self.attention, left)
+            total += attention[count] + whole[left] - attention[left]
             if merged:
-                total += self._at(self.counting, count) - self._at(self.block, count)
+                total += counting[count] - whole[count]
             merged = merged or isinstance(reductions.get(block), Merge)
         return total
 
     def _reducing(self, reductions: Mapping[int, Reduction], entering: Sequence[int]) -> float:
-        weights = np.concatenate([self.reductions[name] for name in ("first", *KINDS)])
-        return float(weights @ _work(reductions, [self.prefix + n for n in entering]))
+        weights = (self.reductions[name] for name in ("first", *KINDS))
+        work = _work(reductions, [self.prefix + n for n in entering])
+        return sum(weight * amount for weight, amount in zip(itertools.chain(*weights), work, strict=True))
 
-    def _at(self, values: Sequence[float], count: int) -> float:
-        return float(np.interp(count, self.counts, values))
+    @cached_property
+    def _tables(self) -> dict[str, list[float]]:
+        """Milliseconds of one block, its attention, and one after a merge, at every count from 0 on."""
+        every = np.arange(self.counts[-1] + 1)
+        series = {"block": self.block, "attention": self.attention, "counting": self.counting}
+        return {name: np.interp(every, self.counts, values).tolist() for name, values in series.items()}
 
     def knees(self) -> list[int]:
         """Token counts above which a block's latency rises at least half as steeply again as below them."""
@@ -165,6 +172,11 @@ class LatencyProfile:
                     f"the profile was measured with {name} {getattr(self, name)!r}, here it is {value!r}; "
                     "measure this model as it is used (LatencyProfile.measure, vwt profile)"
                 )
+
+    @staticmethod
+    def identify(model: nn.Module) -> dict[str, Any]:
+        """What a profile of this model, here and now, would say of both."""
+        return _identity(Backbone(model)) | _machine(next(model.parameters()).device)
 
     def elsewhere(self) -> list[str]:
         """What differs between here and where it was measured; threads and versions too."""
@@ -310,12 +322,11 @@ def _ignoring_item(call: Callable[[], Any]) -> Callable[[int], Any]:
     return lambda item: call()
 
 
-def _work(reductions: Mapping[int, Reduction], entering: Sequence[int]) -> np.ndarray:
+def _work(reductions: Mapping[int, Reduction], entering: Sequence[int]) -> list[float]:
     """What the cost of reductions is linear in: whether there are any, and for each kind how many and their tokens."""
     own = {kind: [entering[b] for b, what in reductions.items() if what.kind == kind] for kind in KINDS}
-    return np.array(
-        [float(bool(reductions)), *(value for counts in own.values() for value in (len(counts), sum(counts)))]
-    )
+    amounts = [float(amount) for counts in own.values() for amount in (len(counts), sum(counts))]
+    return [float(bool(reductions)), *amounts]
 
 
 def _random_schedules(depth: int, patches: int, seed: int) -> list[dict[int, Reduction]]:

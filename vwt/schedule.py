@@ -136,7 +136,7 @@ class PruningSchedule(Mapping[int, Reduction]):
         """
         # They need the tokenizer, which needs schedules.
         from vwt.calibration import Calibration, load_images
-        from vwt.search import SCREEN, Search
+        from vwt.search import SCREEN, Option, Search
 
         if (milliseconds is None) == (ratio is None):
             raise ArgumentError("for_budget needs a budget: either milliseconds=… or ratio=…")
@@ -149,7 +149,8 @@ class PruningSchedule(Mapping[int, Reduction]):
         if not isinstance(images, Tensor):
             images = load_images(images, model, seed=seed, progress=progress)
         calibration = Calibration(model, images, keep=SCREEN, progress=progress)
-        return cls(Search(profile, calibration, progress=progress).best(limit))
+        search = Search(profile, {"": Option(calibration)}, progress=progress)
+        return cls(search.best(limit).candidate.blocks)
 
     def table(self, profile: LatencyProfile) -> str:
         """Tokens that enter each block, what it removes, and predicted milliseconds, as a table of text."""

@@ -1,15 +1,16 @@
-"""The search for a schedule within a budget of time, at the least change of a model's answers.
+"""The search for what changes a model's answers least within a budget of time.
 
-Three rounds, from cheap to dear: single reductions are measured one by one on a part of the images; what several do
-together is first taken to be the sum of what they do alone, which finds the region where the best lie; these are
-measured, and the best is moved about as long as that helps. The winner is chosen on all images.
+A candidate is a strategy before the blocks, and reductions inside them. Three rounds, from cheap to dear: strategies
+and single reductions are measured one by one on a part of the images; what several do together is first taken to be the
+sum of what they do alone, which finds the region where the best lie; these are measured, and the best is moved about as
+long as that helps. The winner is chosen on all images.
 """
 
 import math
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from vwt.calibration import Calibration
@@ -18,207 +19,293 @@ from vwt.profile import LatencyProfile
 from vwt.pruning import KINDS, Reduction, patches_entering
 
 SCREEN = 64  # images on which candidates are compared
-TRIES = 60  # candidates that are measured, after the single reductions
-FINALISTS = 4
+TRIES = 36  # candidates that are measured for a budget, after strategies and single reductions
+FINALISTS = 8
 SHARES = {"prune": (0.12, 0.3, 0.6), "merge": (0.12, 0.28, 0.5)}
+GRID = (0.08, 0.16, 0.26, 0.38, 0.5)  # shares that one of two reductions removes
+PLACES = 14  # kinds and blocks that are combined: those that harm least
 NO_CHANGE = 1e-6  # nats below which answers are taken to be the same
 
-Candidate: TypeAlias = dict[int, Reduction]
+
+class Candidate(NamedTuple):
+    """A strategy, by its name among the options, and reductions by block."""
+
+    option: str
+    reductions: tuple[tuple[int, Reduction], ...]
+
+    @property
+    def blocks(self) -> dict[int, Reduction]:
+        """The reductions as a mapping."""
+        return dict(self.reductions)
+
+
+class Outcome(NamedTuple):
+    """A candidate, and what it changes on all images.
+
+    Attributes:
+        candidate: strategy and reductions.
+        kl: mean KL(model ‖ reduced) in nats.
+        agreement: share of the images in which the first class is the model's.
+    """
+
+    candidate: Candidate
+    kl: float
+    agreement: float
+
+
+@dataclass
+class Option:
+    """A strategy that may be chosen.
+
+    Attributes:
+        calibration: the images, reduced by it.
+        cost: milliseconds a batch that it takes itself.
+    """
+
+    calibration: Calibration
+    cost: float = 0.0
+    patches: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.patches = round(self.calibration.patches(SCREEN))
+
+    @property
+    def by_share(self) -> bool:
+        """Whether images differ in their counts: a number would take all of one and little of another."""
+        strategy = self.calibration.fast.strategy
+        return strategy is not None and not strategy.fixed_count
 
 
 class Search:
-    """Reductions for one model, with or without words before the blocks.
+    """Candidates for one model on one device.
 
     Args:
         profile: of the model.
-        calibration: with the tokens of `SCREEN` images kept.
+        options: strategies by name; "" is none, and must be there, with the tokens of `SCREEN` images kept.
+        measured: what was measured before, by name; what is measured is added.
         progress: show progress bars.
     """
 
-    def __init__(self, profile: LatencyProfile, calibration: Calibration, *, progress: bool = True) -> None:
-        self.profile, self.calibration, self.progress = profile, calibration, progress
-        self.patches = round(calibration.patches)
-        # Where words give each image its own count, a number would take all of one image and little of another.
-        self.by_share = calibration.fast.strategy is not None and not calibration.fast.strategy.fixed_count
-        self.measured: dict[tuple[tuple[int, Reduction], ...], float] = {}
+    def __init__(
+        self,
+        profile: LatencyProfile,
+        options: Mapping[str, Option],
+        measured: dict[str, float] | None = None,
+        *,
+        progress: bool = True,
+    ) -> None:
+        self.profile, self.options, self.progress = profile, options, progress
+        self.measured: dict[str, float] = {} if measured is None else measured
+        self.places = [(block, kind) for block in range(self.last + 1) for kind in KINDS]
         self.damage = self._measure_damage()
+        harm = {(block, kind): self.damage[kind, block][1][1] for block, kind in self.places}
+        # Late blocks harm least because least is gained there: what counts is harm over the blocks that are spared.
+        self.gentle = sorted(self.places, key=lambda place: harm[place] - 2 * math.log(profile.depth - place[0]))[
+            :PLACES
+        ]
 
-    def best(self, limit: float) -> Candidate:
-        """The reductions whose predicted milliseconds are within the limit, and whose KL on all images is lowest.
+    @property
+    def last(self) -> int:
+        """The last block in which a reduction changes anything."""
+        return self.profile.depth - (2 if self.profile.reads_prefix_only else 1)
+
+    def best(self, limit: float, tries: int = TRIES, finalists: int = FINALISTS) -> Outcome:
+        """The candidate of lowest KL on all images whose predicted milliseconds are within the limit.
+
+        Args:
+            limit: milliseconds a batch.
+            tries: candidates to measure on some images.
+            finalists: of them, on all.
 
         Raises:
-            ArgumentError: if no reductions are within the limit; says the least possible.
+            ArgumentError: if there is none; says the least possible.
         """
-        if self.predict({}) <= limit:
-            return {}
-        starts = sorted(self._guesses(limit), key=self._guess)[: TRIES // 3]
+        starts = self._starts(limit)
         if not starts:
             raise ArgumentError(
-                f"no schedule takes {limit:.2f} ms; the least possible is {self.least():.2f} ms (all: "
-                f"{self.predict({}):.2f} ms)"
+                f"nothing takes {limit:.2f} ms; the least possible is {self.least():.2f} ms (the model itself: "
+                f"{self.profile.predict():.2f} ms)"
             )
-        with tqdm(total=TRIES + FINALISTS, desc="search", unit="schedule", disable=not self.progress) as bar:
-            for start in starts:
-                self._kl(start)
+        with tqdm(total=tries + finalists, desc="search", unit="try", disable=not self.progress) as bar:
+            pool = starts[: max(1, tries // 2)]
+            for start in pool:
+                self.kl(start)
                 bar.update()
-            best = min(starts, key=self._kl)
-            while bar.n < TRIES:
-                better = self._improve(best, limit, bar)
-                if better == best:
-                    break
+            best = min(pool, key=self.kl)
+            while bar.n < tries and (better := self._improve(best, limit, pool, tries, bar)) != best:
                 best = better
-            within = [dict(key) for key in sorted(self.measured, key=self.measured.__getitem__)]
-            finalists = [c for c in within if self.predict(c) <= limit][:FINALISTS]
-            finals = {}
-            for index, candidate in enumerate(finalists):
-                finals[index] = self.calibration.evaluate(candidate).mean_kl
+            outcomes = []
+            for finalist in sorted(pool, key=self.kl)[:finalists]:
+                outcomes.append(self.outcome(finalist))
                 bar.update()
-        return finalists[min(finals, key=finals.__getitem__)]
+        return min(outcomes, key=lambda outcome: outcome.kl)
+
+    def outcome(self, candidate: Candidate) -> Outcome:
+        """Measured on all images, once."""
+        names = [f"{what} of {candidate!r}" for what in ("kl", "agreement")]
+        if names[0] not in self.measured:
+            fidelity = self.options[candidate.option].calibration.evaluate(candidate.blocks)
+            self.measured[names[0]], self.measured[names[1]] = fidelity.mean_kl, fidelity.agreement
+        return Outcome(candidate, *(self.measured[name] for name in names))
+
+    def kl(self, candidate: Candidate) -> float:
+        """Measured on `SCREEN` images, once."""
+        key = repr(candidate)
+        if key not in self.measured:
+            calibration = self.options[candidate.option].calibration
+            self.measured[key] = calibration.evaluate(candidate.blocks, SCREEN).mean_kl
+        return self.measured[key]
 
     def predict(self, candidate: Candidate) -> float:
-        """Milliseconds of a forward, without what is done before the blocks."""
-        return self.profile.predict(candidate, self.patches)
+        """Milliseconds of a forward."""
+        option = self.options[candidate.option]
+        patches = option.patches if candidate.option else None
+        return option.cost + self.profile.predict(candidate.blocks, patches)
 
     def least(self) -> float:
-        """The fewest milliseconds that any single reduction reaches."""
-        made = [{b: self._reduction(kind, self._most(kind))} for b in range(self.profile.depth) for kind in KINDS]
-        return min(self.predict(candidate) for candidate in made)
+        """The fewest milliseconds that a strategy with one reduction reaches."""
+        singles = [
+            Candidate(name, ((block, self._reduction(option, kind, KINDS[kind].most(option.patches), option.patches)),))
+            for name, option in self.options.items()
+            for block, kind in self.places
+            if KINDS[kind].most(option.patches) > 0
+        ]
+        return min(self.predict(candidate) for candidate in singles)
 
-    # -- what single reductions do -----------------------------------------------------------------------------------
+    # -- what each does alone ----------------------------------------------------------------------------------------
 
     def _measure_damage(self) -> dict[tuple[str, int], tuple[list[float], list[float]]]:
         """By kind and block: logarithms of shares, and of the KL when such a share is removed there."""
-        places = [(kind, block) for kind in KINDS for block in range(self.profile.depth)]
-        damage = {}
-        for kind, block in tqdm(places, desc="single reductions", unit="block", disable=not self.progress):
-            kls = []
-            for share in SHARES[kind]:
-                kls.append(self._kl({block: self._reduction(kind, max(1, int(share * self.patches)))}))
-            damage[kind, block] = ([math.log(s) for s in SHARES[kind]], [math.log(max(k, NO_CHANGE)) for k in kls])
+        everything, damage = self.options[""], {}
+        for block, kind in tqdm(self.places, desc="single reductions", unit="place", disable=not self.progress):
+            counts = [max(1, int(share * everything.patches)) for share in SHARES[kind]]
+            made = [self._reduction(everything, kind, count, everything.patches) for count in counts]
+            kls = [max(self.kl(Candidate("", ((block, what),))), NO_CHANGE) for what in made]
+            damage[kind, block] = ([math.log(share) for share in SHARES[kind]], [math.log(kl) for kl in kls])
         return damage
 
-    def _guess(self, candidate: Candidate) -> float:
-        """KL, as if each reduction changed what it changes alone."""
-        entering = patches_entering(candidate, self.profile.depth, self.patches)
-        total = 0.0
-        for block, reduction in candidate.items():
+    def guess(self, candidate: Candidate) -> float:
+        """KL, as if each changed what it changes alone."""
+        total = self.kl(Candidate(candidate.option, ())) if candidate.option else 0.0
+        entering = self._entering(candidate)
+        for block, reduction in candidate.reductions:
+            if block > self.last:
+                continue
             share = math.log(max(1, reduction.removed(entering[block])) / entering[block])
             shares, kls = self.damage[reduction.kind, block]
-            low = int(np.clip(np.searchsorted(shares, share) - 1, 0, len(shares) - 2))
+            low = 0 if share < shares[1] else 1
             slope = (kls[low + 1] - kls[low]) / (shares[low + 1] - shares[low])
             total += math.exp(kls[low] + max(slope, 0.0) * (share - shares[low]))
         return total
 
-    def _kl(self, candidate: Candidate) -> float:
-        key = tuple(sorted(candidate.items()))
-        if key not in self.measured:
-            self.measured[key] = self.calibration.evaluate(candidate, SCREEN).mean_kl
-        return self.measured[key]
+    # -- candidates within the limit ---------------------------------------------------------------------------------
 
-    # -- candidates --------------------------------------------------------------------------------------------------
+    def _starts(self, limit: float) -> list[Candidate]:
+        """Each strategy with no, one and two reductions, the most promising first; and the best of each strategy."""
+        found: list[Candidate] = []
+        for name in self.options:
+            own = sorted(self._within(name, limit), key=self.guess)
+            found += own[:30]
+        found.sort(key=self.guess)
+        firsts = {name: next((c for c in found if c.option == name), None) for name in self.options}
+        promising = [first for first in firsts.values() if first is not None]
+        promising.sort(key=self.guess)
+        return list(dict.fromkeys([*found[:6], *promising[:6], *found[6:]]))
 
-    def _most(self, kind: str) -> int:
-        return KINDS[kind].most(self.patches)
+    def _within(self, name: str, limit: float) -> Iterator[Candidate]:
+        empty = Candidate(name, ())
+        if name and self.predict(empty) <= limit:
+            yield empty  # with room left, which a weaker strategy uses better
+            return
+        if self.profile.reads_prefix_only and not name:
+            # The last MLP alone: whatever is scheduled for its block does not happen.
+            free = Candidate("", ((self.profile.depth - 1, KINDS["prune"](1)),))
+            if self.predict(free) <= limit:
+                yield free
+                return
+        yield from (single for place in self.places if (single := self._fit(empty, *place, limit)))
+        for block, kind in self.gentle:
+            for share in GRID:
+                if first := self._with(empty, block, kind, share):
+                    rest = [place for place in self.gentle if place[0] > block]
+                    yield from (pair for place in rest if (pair := self._fit(first, *place, limit)))
 
-    def _reduction(self, kind: str, removed: int) -> Reduction:
-        return KINDS[kind](removed / self.patches if self.by_share else removed)
+    def _entering(self, candidate: Candidate) -> list[int]:
+        return patches_entering(candidate.blocks, self.profile.depth, self.options[candidate.option].patches)
+
+    @staticmethod
+    def _reduction(option: Option, kind: str, removed: int, entering: int) -> Reduction:
+        return KINDS[kind](min(removed / entering, 1 - 1e-9) if option.by_share else removed)
+
+    def _with(self, candidate: Candidate, block: int, kind: str, share: float) -> Candidate | None:
+        """One reduction more, of a share of what enters; None where that is not possible."""
+        entering = self._entering(candidate)[block]
+        removed = int(share * entering)
+        if not 1 <= removed <= KINDS[kind].most(entering):
+            return None
+        what = self._reduction(self.options[candidate.option], kind, removed, entering)
+        return self._checked(candidate.option, candidate.blocks | {block: what})
 
     def _fit(self, others: Candidate, block: int, kind: str, limit: float) -> Candidate | None:
         """Others and the least reduction in a block with which the limit is kept; None if there is none."""
-        entering = patches_entering(others, self.profile.depth, self.patches)[block]
+        entering = self._entering(others)[block]
         low, high = 0, KINDS[kind].most(entering)
 
         def make(removed: int) -> Candidate:
-            reduction = KINDS[kind](removed / entering if self.by_share else removed)
-            return dict(sorted({**others, block: reduction}.items()))
+            what = self._reduction(self.options[others.option], kind, removed, entering)
+            return Candidate(others.option, tuple(sorted((others.blocks | {block: what}).items(), key=_by_block)))
 
-        if high < 1 or not self._possible(made := make(high)) or self.predict(made) > limit:
+        if high < 1 or self.predict(make(high)) > limit:
             return None
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.predict(make(middle)) <= limit else (middle, high)
-        return made if self._possible(made := make(high)) else None
+        return self._checked(others.option, make(high).blocks)
 
-    def _possible(self, candidate: Candidate) -> bool:
-        entering = patches_entering(candidate, self.profile.depth, self.patches)
-        return all(1 <= what.wanted(entering[b]) <= what.most(entering[b]) for b, what in candidate.items())
-
-    def _guesses(self, limit: float) -> Iterator[Candidate]:
-        """One, two and three reductions within the limit."""
-        blocks = range(self.profile.depth)
-        places = [(block, kind) for block in blocks for kind in KINDS]
-        singles = [c for block, kind in places if (c := self._fit({}, block, kind, limit))]
-        yield from singles
-        pairs = []
-        for block, kind in places:
-            for share in (0.06, 0.12, 0.2, 0.3, 0.4, 0.6, 0.9):
-                removed = int(share * self.patches)
-                if not 1 <= removed <= self._most(kind):
-                    continue
-                first = {block: self._reduction(kind, removed)}
-                rest = [self._fit(first, other, what, limit) for other, what in places if other != block]
-                pairs += [pair for pair in rest if pair]
-        pairs.sort(key=self._guess)
-        yield from pairs[:100]
-        for pair in pairs[:20]:
-            for block, kind in places:
-                if block not in pair:
-                    for share in (0.06, 0.15, 0.3, 0.9):
-                        yield from self._refit(pair, block, kind, share, limit)
-
-    def _refit(self, candidate: Candidate, block: int, kind: str, share: float, limit: float) -> Iterator[Candidate]:
-        """One reduction more, and one of the others as much less as the limit allows."""
-        entering = patches_entering(candidate, self.profile.depth, self.patches)[block]
-        removed = min(int(share * entering), KINDS[kind].most(entering))
-        if removed < 1:
-            return
-        added = {block: KINDS[kind](share if self.by_share else removed)}
-        for free, what in candidate.items():
-            others = {b: r for b, r in candidate.items() if b != free} | added
-            if fitted := self._fit(others, free, what.kind, limit):
-                yield fitted
+    def _checked(self, option: str, blocks: Mapping[int, Reduction]) -> Candidate | None:
+        """The candidate, if there are tokens enough for all of its reductions."""
+        candidate = Candidate(option, tuple(sorted(blocks.items(), key=_by_block)))
+        entering = self._entering(candidate)
+        fits = all(1 <= what.wanted(entering[b]) <= what.most(entering[b]) for b, what in candidate.reductions)
+        return candidate if fits else None
 
     # -- moves -------------------------------------------------------------------------------------------------------
 
-    def _improve(self, best: Candidate, limit: float, bar: "tqdm[None]") -> Candidate:
+    def _improve(
+        self, best: Candidate, limit: float, pool: list[Candidate], tries: int, bar: "tqdm[None]"
+    ) -> Candidate:
         """The first neighbour that is measured to be better, else the same."""
-        tried = {tuple(best.items())}
-        for neighbour in sorted(self._neighbours(best, limit), key=self._guess):
-            key = tuple(neighbour.items())
-            if key in tried or bar.n >= TRIES:
-                continue
-            tried.add(key)
-            if key not in self.measured:
-                bar.update()
-            if self._kl(neighbour) < self._kl(best):
+        for neighbour in sorted(set(self._neighbours(best, limit)) - set(pool), key=self.guess):
+            if bar.n >= tries:
+                break
+            pool.append(neighbour)
+            bar.update()
+            if self.kl(neighbour) < self.kl(best):
                 return neighbour
         return best
 
     def _neighbours(self, best: Candidate, limit: float) -> Iterator[Candidate]:
-        """Each reduction a block up or down, of the other kind, larger or smaller, gone; or one more."""
-        places = [(block, kind) for block in range(self.profile.depth) for kind in KINDS]
-        for block, what in best.items():
-            others = {b: r for b, r in best.items() if b != block}
-            for other, kind in places:
-                near = abs(other - block) <= 1 and (other, kind) != (block, what.kind)
-                if near and other not in others and (fitted := self._fit(others, other, kind, limit)):
-                    yield fitted
-            for free, freed in others.items():
-                rest = {b: r for b, r in others.items() if b != free}
-                if fitted := self._fit(rest, free, freed.kind, limit):
-                    yield fitted
+        """Each reduction a block up or down, of the other kind, larger or smaller, gone; one more; another strategy."""
+        fits: Iterable[Candidate | None]
+        for block, what in best.reductions:
+            others = Candidate(best.option, tuple(pair for pair in best.reductions if pair[0] != block))
+            near = [p for p in self.places if abs(p[0] - block) <= 1 and p[0] not in others.blocks]
+            fits = [self._fit(others, *place, limit) for place in near]
+            for share in (0.08, 0.2):
+                more = [self._with(others, *place, share) for place in self.gentle if place[0] not in best.blocks]
+                fits += [self._fit(added, block, what.kind, limit) for added in more if added]
+            for free, freed in others.reductions:
+                rest = Candidate(best.option, tuple(pair for pair in others.reductions if pair[0] != free))
+                fits.append(self._fit(rest, free, freed.kind, limit))
                 for factor in (0.7, 0.85, 1.15, 1.4):
-                    changed = _scaled(what, factor)
-                    if changed and (fitted := self._fit(rest | {block: changed}, free, freed.kind, limit)):
-                        yield fitted
-        for block, kind in places:
-            if block not in best:
-                for share in (0.08, 0.2):
-                    yield from self._refit(best, block, kind, share, limit)
+                    share = factor * what.removed(self._entering(best)[block]) / self._entering(best)[block]
+                    if changed := self._with(rest, block, what.kind, share):
+                        fits.append(self._fit(changed, free, freed.kind, limit))
+            for name in self.options:
+                moved = self._checked(name, others.blocks)
+                fits.append(self._fit(moved, block, what.kind, limit) if moved else None)
+            yield from (fitted for fitted in fits if fitted and fitted != best)
 
 
-def _scaled(reduction: Reduction, factor: float) -> Reduction | None:
-    amount = reduction.amount * factor
-    if isinstance(reduction.amount, int):
-        return type(reduction)(max(1, round(amount)))
-    return type(reduction)(amount) if 0 < amount < 1 else None
+def _by_block(pair: tuple[int, Reduction]) -> int:
+    return pair[0]
