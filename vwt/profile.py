@@ -26,7 +26,7 @@ from vwt.environment import cpu_model
 from vwt.errors import ArgumentError, DocumentError, MismatchError
 from vwt.packing import Packed
 from vwt.patches import PatchSpec
-from vwt.pruning import KINDS, Merge, Reduction, patches_entering
+from vwt.pruning import KINDS, Fuse, Merge, Reduction, patches_entering
 from vwt.timing import Calls, interleave
 
 VERSION = 1
@@ -140,7 +140,7 @@ class LatencyProfile:
             total += attention[count] + whole[left] - attention[left]
             if merged:
                 total += counting[count] - whole[count]
-            merged = merged or isinstance(reductions.get(block), Merge)
+            merged = merged or isinstance(reductions.get(block), Merge | Fuse)
         return total
 
     def _reducing(self, reductions: Mapping[int, Reduction], entering: Sequence[int]) -> float:

@@ -3,7 +3,7 @@
 Pruning is that of "Pruning One More Token is Enough" (Eliopoulos et al., WACV 2025, arXiv 2407.05941), section 3.2,
 except that an image's scores depend on that image alone, and that any number of prefix tokens is left in peace. Merging
 is the bipartite soft matching of "Token Merging" (Bolya et al., ICLR 2023, arXiv 2210.09461), section 3, done once with
-a large count rather than a little in every block.
+a large count rather than a little in every block. Fusing is merging with what was measured to be better.
 
 Shapes: B images, n tokens of which the first P are prefix tokens and m = n - P are patches (or words), H heads, C
 channels. All functions are dense; `vwt.backbones` calls them on a batch of equal lengths, or image by image.
@@ -92,8 +92,8 @@ class Reduction:
         """Attention that appends to `seen` what `plan` needs."""
         raise NotImplementedError
 
-    def plan(self, seen: Tensor, prefix: int) -> Plan:
-        """The plan for what was seen of a batch."""
+    def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> Plan:
+        """The plan for what was seen of a batch, and its tokens (B, n, C) after the attention."""
         raise NotImplementedError
 
 
@@ -122,7 +122,7 @@ class Prune(Reduction):
 
         return attend
 
-    def plan(self, seen: Tensor, prefix: int) -> "PrunePlan":
+    def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> "PrunePlan":
         """Importance (B, m) to what is kept and what is dropped."""
         return prune(seen, self.removed(seen.shape[1]), prefix)
 
@@ -151,12 +151,55 @@ class Merge(Reduction):
 
         return attend
 
-    def plan(self, seen: Tensor, prefix: int) -> "MergePlan":
+    def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> "MergePlan":
         """Metric (B, m, d) to the pairs."""
         return match(seen, self.removed(seen.shape[1]), prefix)
 
 
-KINDS: dict[str, type[Reduction]] = {"prune": Prune, "merge": Merge}
+class Fuse(Reduction):
+    """Merge pairs of patches that are alike and that the class token hardly looks at.
+
+    As `Merge`, with what was measured to keep the answer better, above all in early blocks: likeness is that of the
+    tokens themselves rather than of their keys; a pair costs its distance times the square root of the class token's
+    attention to the patch that goes (where there is a class token); and attention counts a token of s patches as the
+    square root of s, and once when it attends to itself.
+
+    Args:
+        amount: R, at least 1, or its share of the patch tokens that enter, in (0, 1); at most a half.
+    """
+
+    @staticmethod
+    def most(patches: int) -> int:
+        """Every other token can merge into one of the rest."""
+        return patches // 2
+
+    def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
+        """Fused attention; the first prefix token's attention to all patches (B, m) is kept."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+            seen.append(_class_attention(query, key, prefix, options))
+            return F.scaled_dot_product_attention(query, key, value, *rest, **options)
+
+        return attend
+
+    def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> "FusePlan":
+        """Class attention (B, m) and tokens to the pairs."""
+        paired = match(tokens[:, prefix:].float(), self.removed(seen.shape[1]), prefix, seen[:, 1::2].sqrt())
+        return FusePlan(paired.stay, paired.source, paired.target, paired.patches, prefix)
+
+
+def _class_attention(query: Tensor, key: Tensor, prefix: int, options: Mapping[str, Any]) -> Tensor:
+    """How much the first prefix token attends to each patch (B, m) float32, mean over heads; ones without a prefix."""
+    if not prefix:
+        return query.new_ones(query.shape[0], query.shape[2], dtype=torch.float32)
+    scale, mask = options.get("scale"), options.get("attn_mask")
+    logits = (query[:, :, :1] * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if mask is not None and mask.dtype != torch.bool:
+        logits = logits + mask[..., :1, :]
+    return logits.float().softmax(dim=-1).mean(dim=1)[:, 0, prefix:]
+
+
+KINDS: dict[str, type[Reduction]] = {"prune": Prune, "merge": Merge, "fuse": Fuse}
 
 
 def patches_entering(reductions: Mapping[int, Reduction], blocks: int, patches: int) -> list[int]:
@@ -208,7 +251,7 @@ def reduce_between(
             f"a reduction needs blocks that call fused attention once, not {len(seen) // len(runs)} times; leave this "
             "block out of the schedule, or create the model after timm.layers.set_fused_attn(True)"
         )
-    plans = [reduction.plan(what, prefix) for what in seen]
+    plans = [reduction.plan(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
     after = _apply(plans, before, runs)
     patches = tuple(length - prefix for length in after.lengths)
     return run_blocks(mlp, after, crossing=crossing), Step(plans, patches)
@@ -226,7 +269,8 @@ def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
         new_counted.append(plan.count(count, size, total))
     lengths = tuple(value.shape[1] for value in values for _ in value)
     once = [count for count in new_counted if count is not None]
-    return Packed(_flat(values), lengths, _flat(new_sizes), _flat(once) if once else None, packed.counts_itself)
+    counts_itself = packed.counts_itself and not isinstance(plans[0], FusePlan)
+    return Packed(_flat(values), lengths, _flat(new_sizes), _flat(once) if once else None, counts_itself)
 
 
 def _flat(runs: Sequence[Tensor]) -> Tensor:
@@ -341,16 +385,19 @@ class PrunePlan:
 # -- merging -----------------------------------------------------------------------------------------------------------
 
 
-def match(metric: Tensor, removed: int, prefix: int) -> "MergePlan":
+def match(metric: Tensor, removed: int, prefix: int, value: Tensor | None = None) -> "MergePlan":
     """Bipartite soft matching: every second patch proposes to the most similar of the others; the best pairs merge.
 
     Args:
         metric: (B, m, d), compared by cosine.
         removed: R pairs, at most m // 2.
         prefix: P tokens that come before the patches, and take no part.
+        value: (B, m // 2), what a pair's distance is multiplied by; without, the most similar pairs merge.
     """
     unit = F.normalize(metric, dim=-1)
     best, partner = (unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)).max(dim=-1)  # (B, m // 2)
+    if value is not None:
+        best = (best - 1).clamp(max=-1e-3) * value
     order = best.sort(dim=1, descending=True).indices
     source = order[:, :removed]
     return MergePlan(order[:, removed:].sort(dim=1).values, source, partner.gather(1, source), metric.shape[1], prefix)
@@ -404,6 +451,14 @@ class MergePlan:
         places[:, 1::2] = odd.scatter(1, self.source, self.target + stay)
         places[:, ::2] = torch.arange(stay, stay + places[:, ::2].shape[1], device=odd.device)
         return places
+
+
+class FusePlan(MergePlan):
+    """A `MergePlan` after which attention counts a token of s patches as the square root of s."""
+
+    def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor:
+        """See `Plan`."""
+        return total.sqrt()
 
 
 def _with_sizes(tokens: Tensor, sizes: Tensor | None) -> Tensor:
