@@ -21,6 +21,7 @@ from vwt.plots import check_picture, plot_profile, plot_utility
 from vwt.profile import POINTS, RUNS, LatencyProfile
 from vwt.schedule import PruningSchedule
 from vwt.sensors import POWERCAP
+from vwt.tuning import tune
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_profile(commands)
     _add_schedule(commands)
+    _add_tune(commands)
     _add_env(commands)
     return parser
 
@@ -116,6 +118,47 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     print(build_summary(report, config))
     print(f"{arguments.out}")
+    return 0
+
+
+def _add_tune(commands: "argparse._SubParsersAction[Parser]") -> None:
+    tuned = commands.add_parser(
+        "tune",
+        help="find the best plan for a model on this device",
+        description="Find what changes a model's answers least within a budget on this device, or the fastest that agrees.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model(tuned)
+    tuned.add_argument("--images", required=True, help="a folder of images to calibrate on, or hfds/…, torch/…")
+    tuned.add_argument("--ratio", type=float, help="budget, of the model's latency")
+    tuned.add_argument("--milliseconds", type=float, help="budget a batch")
+    tuned.add_argument("--agreement", type=float, help="share of the images that must get the model's own class")
+    tuned.add_argument("--batch-size", type=int, default=1, help="images at a time")
+    tuned.add_argument("--codebook", action="append", default=[], help="to try inter-image words too; can be repeated")
+    tuned.add_argument("--count", type=int, default=ENOUGH, help="images to draw")
+    tuned.add_argument("--seed", type=int, default=0, help="of the draw, and of the order of measurements")
+    tuned.add_argument("--out", required=True, help="where to write the plan: NAME.json")
+    tuned.set_defaults(run=_tune, if_interrupted="; the same command goes on where it stopped")
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    check_source(arguments.images)
+    model, show = _open_model(arguments), not arguments.quiet
+    plan = tune(
+        model,
+        load_images(arguments.images, model, arguments.count, seed=arguments.seed, progress=show),
+        ratio=arguments.ratio,
+        milliseconds=arguments.milliseconds,
+        agreement=arguments.agreement,
+        batch_size=arguments.batch_size,
+        codebooks=arguments.codebook,
+        seed=arguments.seed,
+        notes=f"{arguments.out}.tuning",
+        progress=show,
+    )
+    plan.save(arguments.out)
+    print(plan)
+    print(arguments.out)
     return 0
 
 

@@ -54,7 +54,7 @@ class LatencyProfile:
         attention: of that, up to what follows the attention.
         counting: one block whose attention counts merged tokens as often as there are.
         reductions: what reductions add to their blocks: "first" once a forward, and for each, by kind, a fixed part and
-            one for each token that enters, "prune" and "merge": fitted to whole forwards.
+            one for each token that enters: fitted to whole forwards.
         embed: patches and positions.
         head: the last norm, pooling and the head.
         checks: whole forwards that the profile was not made from: "schedule", "predicted" and "measured" ms.
