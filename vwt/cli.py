@@ -125,7 +125,7 @@ def _add_tune(commands: "argparse._SubParsersAction[Parser]") -> None:
     tuned = commands.add_parser(
         "tune",
         help="find the best plan for a model on this device",
-        description="Find what changes a model's answers least within a budget on this device, or the fastest that agrees.",
+        description="Find what changes a model's answers least within a budget, or the fastest that keeps enough.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_model(tuned)

@@ -5,6 +5,7 @@ except through `bind`.
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -16,7 +17,7 @@ from vwt.codebook import Codebook
 from vwt.errors import ArgumentError
 from vwt.matching import WordIndex, check_threshold
 from vwt.patches import PatchSpec, Space
-from vwt.words import Words, group_words, keep_patches
+from vwt.words import KeptPatches, Words, group_words, keep_patches
 
 
 @runtime_checkable
@@ -117,9 +118,9 @@ class Neighbours(nn.Module):
     the model has never seen, and one over distant places has no position. Of the grid's two colours, as on a
     chessboard, patches of one may be dropped, so that all neighbours of a dropped patch are kept: those most similar
     (cosine, in embedding space) to one of their neighbours, which from then on stands for them. Each image takes the
-    colour whose best candidates are the more similar. Attention counts a patch that stands for s as s ** 0.5 when
-    others attend to it (proportional attention as in Token Merging, arXiv 2210.09461, but of half the strength, and not
-    to itself).
+    colour whose patches are the more similar to their neighbours. Attention counts a patch that stands for s as
+    s ** 0.5 when others attend to it (proportional attention as in Token Merging, arXiv 2210.09461, but of half the
+    strength, and not to itself).
 
     Args:
         drop: share of the patches to drop, in [0, 0.5): all images lose as many; or
@@ -162,31 +163,30 @@ class Neighbours(nn.Module):
         """
         board = self._board(grid, features.device)
         unit = F.normalize(features.float(), dim=-1)
-        likeness = (unit @ unit.transpose(-2, -1)).flatten(1)[:, board.pairs].view(len(unit), -1, 4) + board.outside
-        best, side = likeness.max(dim=-1)
-        partner = board.neighbours[side, board.everything]  # (B, N)
+        likeness = (unit @ unit.transpose(-2, -1)).flatten(1).index_select(1, board.pairs)
+        best, side = (likeness.view(len(unit), -1, 4) + board.outside).max(dim=-1)
         drop = self._dropped if self.threshold is None else self._dropped_within
-        return drop(best, partner, board, grid)
+        return drop(best, side, board, grid)
 
-    def _dropped(self, best: Tensor, partner: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
-        """Drop as many patches of each image, the most alike of one colour."""
+    def _dropped(self, best: Tensor, side: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
+        """Drop as many patches of each image, the most alike of the colour that is more alike altogether."""
         count = int(best.shape[1] * (self.drop or 0.0) + 1e-9)
-        most = min(len(colour) for colour in board.colours) - len(self.always)
+        most = min(board.places) - len(self.always)
         if count > most:
             raise ArgumentError(f"{self} drops {count} of {best.shape[1]} patches; {most} can go here; drop fewer")
-        one, other = (best[:, colour].topk(count, dim=1) for colour in board.colours)
-        takes_one = (one.values.sum(dim=1) > other.values.sum(dim=1))[:, None]
-        dropped = torch.where(takes_one, board.colours[0][one.indices], board.colours[1][other.indices])
-        everything = board.everything.expand(len(best), -1)
+        colour = (best @ board.contrast > 0).long()
+        dropped = (best + board.forbidden.index_select(0, colour)).topk(count, dim=1, sorted=False).indices
         # What is dropped goes to the end, so that the others come first, in their order.
-        kept = everything.scatter(1, dropped, best.shape[1]).sort(dim=1).values[:, : best.shape[1] - count]
-        return keep_patches(kept, grid, everything.scatter(1, dropped, partner.gather(1, dropped)))
+        order = board.everything.expand(len(best), -1).scatter(1, dropped, best.shape[1]).sort(dim=1).values
+        standing = board.neighbours.take(torch.add(side.gather(1, dropped), dropped, alpha=4))
+        return KeptPatches(order[:, : best.shape[1] - count], grid, dropped, standing)
 
-    def _dropped_within(self, best: Tensor, partner: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
-        """Drop what is alike enough of the colour in which there is more of it."""
-        alike = best >= 1 - (self.threshold or 0.0) - 1e-6
-        one, other = (torch.zeros_like(alike).index_fill(1, colour, True) & alike for colour in board.colours)
-        dropped = torch.where((one.sum(dim=1) >= other.sum(dim=1))[:, None], one, other)
+    def _dropped_within(self, best: Tensor, side: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
+        """Drop what is alike enough, of the colour in which there is more of it."""
+        alike = (best >= 1 - (self.threshold or 0.0) - 1e-6)[:, None] & (board.forbidden == 0)  # (B, 2, N)
+        colour = alike.sum(dim=2).argmax(dim=1)
+        dropped = alike[torch.arange(len(best), device=best.device), colour]
+        partner = board.neighbours.take(torch.add(side, board.everything, alpha=4))
         stands_for = torch.where(dropped, partner, board.everything)
         group = ((~dropped).cumsum(dim=1) - 1).gather(1, stands_for)
         return Words(group, (~dropped).float(), (~dropped).sum(dim=1), grid)
@@ -211,38 +211,48 @@ class _Board(NamedTuple):
 
     Attributes:
         everything: (N,) 0, 1, ….
-        neighbours: (4, N) the patch above, below, left and right; any where there is none.
+        neighbours: (N, 4) the patch above, below, left and right; any where there is none.
         pairs: (4 N,) where the likeness of a patch and each of its neighbours is found among all pairs of patches.
-        outside: (N, 4) -inf where there is no neighbour, or the patch always stays, else 0.
-        colours: patches of each of the two colours.
+        outside: (N, 4) far below any likeness where there is no neighbour, or the patch always stays, else 0.
+        contrast: (N,) whose product with the patches' likeness says which colour has more: the second, if positive.
+        forbidden: (2, N) for each colour, far below any likeness where a patch is of the other one, else 0.
+        places: patches of each colour.
     """
 
     everything: Tensor
     neighbours: Tensor
     pairs: Tensor
     outside: Tensor
-    colours: tuple[Tensor, Tensor]
+    contrast: Tensor
+    forbidden: Tensor
+    places: tuple[int, int]
+
+
+_FAR = 1e3  # from any likeness
 
 
 def _make_board(grid: tuple[int, int], always: Sequence[int], device: torch.device) -> _Board:
     rows, columns = grid
     if any(index >= rows * columns for index in always):
         raise ArgumentError(f"always is {list(always)}; expected indices of the {rows}x{columns} patches, from 0")
-    patches = [(row, column) for row in range(rows) for column in range(columns)]
-    neighbours, outside = [], []
-    for row, column in patches:
+    neighbours, outside, colour, stays = [], [], [], []
+    for row, column in itertools.product(range(rows), range(columns)):
         around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
         inside = [0 <= r < rows and 0 <= c < columns for r, c in around]
         neighbours.append([r * columns + c if ok else 0 for (r, c), ok in zip(around, inside, strict=True)])
-        stays = row * columns + column in always
-        outside.append([0.0 if ok and not stays else -torch.inf for ok in inside])
-    table = torch.tensor(neighbours, device=device)
-    everything = torch.arange(len(patches), device=device)
-    colours = [torch.tensor([i for i, (r, c) in enumerate(patches) if (r + c) % 2 == k], device=device) for k in (0, 1)]
+        stays.append(row * columns + column in always or not any(inside))
+        outside.append([0.0 if ok and not stays[-1] else -_FAR for ok in inside])
+        colour.append((row + column) % 2)
+    table, second = torch.tensor(neighbours, device=device), torch.tensor(colour, device=device)
+    everything = torch.arange(rows * columns, device=device)
+    places = (len(colour) - sum(colour), sum(colour))
+    share = torch.where(second == 1, 1 / max(places[1], 1), -1 / max(places[0], 1))
     return _Board(
         everything,
-        table.T.contiguous(),
-        (everything[:, None] * len(patches) + table).flatten(),
+        table,
+        (everything[:, None] * len(colour) + table).flatten(),
         torch.tensor(outside, device=device),
-        (colours[0], colours[1]),
+        share.masked_fill(torch.tensor(stays, device=device), 0.0),
+        torch.stack([second * -_FAR, (1 - second) * -_FAR]),
+        places,
     )

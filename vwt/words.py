@@ -98,30 +98,70 @@ def group_words(labels: Tensor, num_labels: int, grid: tuple[int, int]) -> Words
     return Words(group, size.float().reciprocal(), opens.sum(1), grid)
 
 
-def keep_patches(kept: Tensor, grid: tuple[int, int], stands_for: Tensor | None = None) -> Words:
-    """Words in which some patches are tokens as they are, and the others are dropped, or stood for by one of them.
+class KeptPatches(Words):
+    """Words whose tokens are patches as they are; all but these is worked out when it is asked for.
 
     Args:
         kept: (B, n) int64, distinct patch indices of each image, ascending.
         grid: (rows, columns) of the patches.
-        stands_for: (B, N) int64, for each patch the kept one that stands for it, for kept ones themselves. Without,
-            what is dropped is in no group.
+        dropped: (B, N - n) int64, the other patches, if one of the kept ones stands for each.
+        standing: (B, N - n) int64, the kept patch that stands for each of these.
     """
-    batch, count = kept.shape
-    group = kept.new_full((batch, grid[0] * grid[1]), -1)
-    group = group.scatter(1, kept, torch.arange(count, device=kept.device).expand(batch, -1))
-    weight = (group >= 0).float()
-    if stands_for is not None:
-        group = group.gather(1, stands_for)
-    return Words(group, weight, kept.new_full((batch,), count), grid, count, kept)
+
+    kept: Tensor
+    dropped: Tensor | None
+    standing: Tensor
+
+    def __init__(
+        self, kept: Tensor, grid: tuple[int, int], dropped: Tensor | None = None, standing: Tensor | None = None
+    ) -> None:
+        own = {"kept": kept, "grid": grid, "count": kept.shape[1], "dropped": dropped, "standing": standing}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    @once
+    def _place(self) -> Tensor:
+        """The token that each patch is itself, -1 where it is none."""
+        batch, count = self.kept.shape
+        place = self.kept.new_full((batch, self.grid[0] * self.grid[1]), -1)
+        return place.scatter(1, self.kept, torch.arange(count, device=self.kept.device).expand(batch, -1))
+
+    @once
+    def group(self) -> Tensor:
+        """See `Words`."""
+        if self.dropped is None:
+            return self._place
+        return self._place.scatter(1, self.dropped, self._place.gather(1, self.standing))
+
+    @once
+    def weight(self) -> Tensor:
+        """See `Words`."""
+        return (self._place >= 0).float()
+
+    @once
+    def counts(self) -> Tensor:
+        """See `Words`."""
+        return self.kept.new_full((len(self.kept),), self.kept.shape[1])
+
+    @once
+    def sizes(self) -> Tensor:
+        """See `Words`."""
+        ones = self.kept.new_ones(1, dtype=torch.float32)
+        if self.dropped is None:
+            return ones.expand(self.kept.numel())
+        every = ones.expand(len(self.kept), self.grid[0] * self.grid[1])
+        return every.scatter_add(1, self.standing, every).gather(1, self.kept).flatten()
+
+
+def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
+    """Words in which some patches (B, n) int64 are tokens as they are, and the others are dropped."""
+    return KeptPatches(kept, grid)
 
 
 def keep_all(batch: int, grid: tuple[int, int], device: torch.device) -> Words:
     """Words in which every patch of each image is a token as it is."""
-    count = grid[0] * grid[1]
-    everything = torch.arange(count, device=device).expand(batch, -1)
-    weight = torch.ones(1, device=device).expand(batch, count)
-    return Words(everything, weight, torch.full((1,), count, device=device).expand(batch), grid, count, everything)
+    everything = torch.arange(grid[0] * grid[1], device=device).expand(batch, -1)
+    return KeptPatches(everything, grid)
 
 
 def merge(tokens: Tensor, words: Words) -> Tensor:
@@ -130,6 +170,8 @@ def merge(tokens: Tensor, words: Words) -> Tensor:
     Each merged token is the weighted sum of its patches, accumulated in float32 for lower precisions.
     """
     if words.kept is not None:
+        if len(tokens) == 1:
+            return tokens[0].index_select(0, words.kept[0])
         return tokens.gather(1, words.kept[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
     weighted = tokens * words.weight[..., None]  # float32, or wider
     return _sum_rows(weighted, words).to(tokens.dtype)
