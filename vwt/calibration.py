@@ -40,9 +40,7 @@ def load_images(
     """
     images = ImageSource(os.fspath(source), model).sample(count, seed=seed, progress=progress)
     if len(images) < LEAST:
-        raise DataError(
-            f"{source} has {len(images)} images that can be read; calibration needs at least {LEAST}"
-        )
+        raise DataError(f"{source} has {len(images)} images that can be read; calibration needs at least {LEAST}")
     spec, weight = PatchSpec.of(model), next(model.parameters())
     return normalise(images.to(weight.device), spec.mean, spec.std).to(weight.dtype)
 

@@ -148,7 +148,7 @@ def _biases(packed: Packed) -> list[Tensor | None]:
     if packed.counted is None:
         return [None] * (1 if packed.is_dense else len(packed.lengths))
     biases = [bias[:, None, None] for bias in packed.runs(packed.counted.log().to(packed.values.dtype))]
-    return biases if packed.counts_itself else [_without_diagonal(bias) for bias in biases]
+    return [bias if packed.counts_itself else _without_diagonal(bias) for bias in biases]
 
 
 def _without_diagonal(bias: Tensor) -> Tensor:

@@ -138,11 +138,21 @@ def subplots(rows: int, columns: int, size: tuple[float, float] = (2.4, 2.5)) ->
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
+    figure = new_figure(size[0] * columns, size[1] * rows)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure without pyplot, of a size in inches.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'") from error
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="tight")
+    figure = Figure(figsize=(width, height), layout="tight")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure

@@ -104,8 +104,8 @@ def keep_patches(kept: Tensor, grid: tuple[int, int], stands_for: Tensor | None 
     Args:
         kept: (B, n) int64, distinct patch indices of each image, ascending.
         grid: (rows, columns) of the patches.
-        stands_for: (B, N) int64, for each patch the kept one that stands for it, for kept ones themselves. Without, what
-            is dropped is in no group.
+        stands_for: (B, N) int64, for each patch the kept one that stands for it, for kept ones themselves. Without,
+            what is dropped is in no group.
     """
     batch, count = kept.shape
     group = kept.new_full((batch, grid[0] * grid[1]), -1)
