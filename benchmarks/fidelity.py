@@ -315,7 +315,8 @@ def measure_fidelity(
         finally:
             answers.save()
     if skipped:
-        print(f"{len(skipped)} images could not be read and were left out: {', '.join(skipped[:5])}", file=sys.stderr)
+        named = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        print(f"fidelity: left out {len(skipped)} that cannot be read: {named}", file=sys.stderr)
     if not parts[ROW_OF_FULL]:
         raise DataError(f"{options.data} has no image that can be read")
     return {name: join(own) for name, own in parts.items()}

@@ -181,7 +181,9 @@ def plot_fidelity(path: Path, rows: Sequence[Row], title: str) -> None:
         front = pareto(shown, cost)
         axes.plot([row[cost] for row in front], [row["kl"] for row in front], color="0.3", zorder=0, label="front")
         for row in front:
-            axes.annotate(row["name"], (row[cost], row["kl"]), (4, -9), textcoords="offset points", fontsize=6)
+            place = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
+            axes.annotate(row["name"], (row[cost], row["kl"]), rotation=30, rotation_mode="anchor", fontsize=6, **place)
+        axes.margins(x=0.25, y=0.12)  # room for the names
         axes.set(xlabel=AXES[cost], ylabel="KL(full ‖ reduced), nats, mean and 95 % interval", yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)

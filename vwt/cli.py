@@ -278,6 +278,8 @@ def _add_show(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _show(arguments: argparse.Namespace) -> int:
     check_picture(arguments.out)
+    if arguments.count < 1:
+        raise ArgumentError(f"--count is {arguments.count}; expected at least 1")
     strategy = None if arguments.strategy is None else read_strategy(arguments.strategy)
     schedule = None if arguments.schedule is None else PruningSchedule.load(arguments.schedule)
     if strategy is None and not schedule:

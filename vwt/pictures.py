@@ -22,7 +22,7 @@ from vwt.pruning import PrunePlan, follow
 from vwt.tokenizer import VWTokenizer
 from vwt.words import Words
 
-ACROSS = 4  # panels in a row
+ACROSS = 5  # panels in a row at most
 SHOWN = 16  # words
 NEAREST = 3  # patches for each word in embedding space
 GAP = 2  # pixels between patches
@@ -92,16 +92,16 @@ def save_stages(
     patches = fast.backbone.prefix + left[0].words.group.shape[1]
     panels: list[tuple[str, Tensor, Words | None]] = [(f"the image: {patches} tokens", plain, None)]
     if fast.strategy is not None:
-        words = left[0].words
+        words = _named(left[0].words, left[0].words.group[0] < 0)
         panels.append((f"{type(fast.strategy).__name__}: its words", colour_groups(plain, words), words))
     for stage in left if fast.strategy is not None else left[1:]:
-        words = _without(stage.words, stage.gone)
+        words = _named(stage.words, stage.gone)
         panels.append((stage.title, colour_groups(plain, words, strength=0.4), words))
     tiles = None if codebook is None else word_tiles(fast, codebook, image[None] if images is None else images)
-    across = min(ACROSS, len(panels))
-    rows = math.ceil(len(panels) / across)
-    heights = [PANEL + 0.3] * rows + ([] if tiles is None else [1.1 + 0.35 * (tiles.shape[0] - 1)])
-    figure = new_figure(PANEL * across, sum(heights) + 0.4)
+    rows = math.ceil(len(panels) / ACROSS)
+    across = math.ceil(len(panels) / rows)
+    heights = [PANEL + 0.3] * rows + ([] if tiles is None else [0.8 + 0.5 * tiles.shape[0]])
+    figure = new_figure(PANEL * across, sum(heights) + 0.5, layout="constrained")
     layout = figure.add_gridspec(len(heights), across, height_ratios=heights)
     for index, (title, picture, drawn) in enumerate(panels):
         axes = figure.add_subplot(layout[index // across, index % across])
@@ -116,15 +116,14 @@ def save_stages(
     figure.savefig(path, dpi=160)
 
 
-def _without(words: Words, gone: Tensor) -> Words:
-    """Words of one image for a picture: what is gone in no group, each group named by its first patch.
+def _named(words: Words, gone: Tensor) -> Words:
+    """Words of one image for a picture: what is gone (N,) in no group, and each group named by its first patch.
 
     So a token keeps its colour from one stage to the next.
     """
-    group = torch.where(gone, -1, words.group[0]).tolist()
     first: dict[int, int] = {}
-    named = [-1 if number < 0 else first.setdefault(number, place) for place, number in enumerate(group)]
-    return replace(words, group=torch.tensor([named]))
+    named = torch.tensor([first.setdefault(number, place) for place, number in enumerate(words.group[0].tolist())])
+    return replace(words, group=torch.where(gone.cpu(), -1, named)[None])
 
 
 def _outline(axes: Any, words: Words, size: Sequence[int]) -> None:

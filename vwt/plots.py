@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -142,8 +142,8 @@ def subplots(rows: int, columns: int, size: tuple[float, float] = (2.4, 2.5)) ->
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure without pyplot, of a size in inches.
+def new_figure(width: float, height: float, layout: Literal["tight", "constrained"] = "tight") -> Any:
+    """An empty figure without pyplot, of a size in inches, with one of matplotlib's layouts.
 
     Raises:
         ArgumentError: if matplotlib is not installed.
@@ -153,6 +153,6 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'") from error
-    figure = Figure(figsize=(width, height), layout="tight")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
