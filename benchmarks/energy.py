@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from energy_record import Record, plot_energy, report
 from harness import (
@@ -45,6 +44,7 @@ from harness import (
     autocast,
     load_codebooks,
     load_model,
+    mean_tokens,
     open_device,
     positive,
     results_paths,
@@ -266,26 +266,6 @@ def in_int8(model: nn.Module) -> Module:
     return low
 
 
-def mean_tokens(module: Any, full: int, batches: Sequence[Tensor]) -> float:
-    """Tokens of an image, mean over images, and over the blocks they enter; `full` is what the full model has."""
-    if isinstance(module, TokenMerging):
-        return float(np.mean(module.lengths(full)))
-    if not isinstance(module, vwt.VWTokenizer):
-        return full
-    counts = [int(count) for batch in batches for count in module.tokenize(batch).counts]
-    entering = [number for count in counts for number in entering_blocks(module, count)]
-    return module.backbone.prefix + float(np.mean(entering))
-
-
-def entering_blocks(fast: vwt.VWTokenizer, count: int) -> list[int]:
-    """Patch tokens that enter each block where so many enter the first."""
-    counts = [count]
-    for block in range(fast.backbone.depth - 1):
-        reduction = fast.schedule.get(block)
-        counts.append(counts[-1] - (reduction.removed(counts[-1]) if reduction else 0))
-    return counts
-
-
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +308,7 @@ def build(bench: Bench, variants: Sequence[Variant], batches: Sequence[Tensor], 
             module = variant.build()
             same = [module(batch).argmax(-1) == answer for batch, answer in zip(batches, answers, strict=True)]
             facts["agreement"] = float(torch.cat(same).float().mean())
-            facts["tokens"] = mean_tokens(module, tokens, batches)
+            facts["tokens"] = float(torch.cat([mean_tokens(module, tokens, batch) for batch in batches]).mean())
             modules[variant.name] = module
         except (VWTError, RuntimeError) as error:  # such as a kernel that this device lacks
             facts["note"] = f"not measured: {first_line(error)}"

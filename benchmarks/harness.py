@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,7 +22,10 @@ from vwt.codebook import Codebook
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError, ModelError, first_line
 from vwt.patches import SPACES, PatchSpec, Space, normalise
+from vwt.pruning import patches_entering
+from vwt.schedule import PruningSchedule
 from vwt.timing import Calls, Seconds, interleave
+from vwt.tokenizer import VWTokenizer
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -40,6 +44,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random-weights", action="store_true", help="no weights; latency is the same")
     parser.add_argument("--img-size", type=positive, metavar="PX", help="by default the model's own")
     parser.add_argument("--data", default="../shared/data/eval", help="images to measure on")
+    parser.add_argument("--split", default="validation", help="of them, where there are several")
     parser.add_argument("--images", type=positive, default=32, metavar="N", help="how many of them, drawn at random")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N")
     parser.add_argument("--device", default="cpu")
@@ -131,7 +136,8 @@ def sample_images(arguments: argparse.Namespace, model: nn.Module, count: int) -
     Raises:
         DataError: if there are too few.
     """
-    images = ImageSource(arguments.data, model).sample(count, seed=arguments.seed, progress=not arguments.quiet)
+    source = ImageSource(arguments.data, model, split=arguments.split)
+    images = source.sample(count, seed=arguments.seed, progress=not arguments.quiet)
     if len(images) < count:
         raise DataError(
             f"{arguments.data} has {len(images)} images that can be read, {count} were asked for with --images"
@@ -166,6 +172,37 @@ def load_codebooks(
             run_build(arguments.words_data, model, config, out=path, resume=begun, progress=not arguments.quiet)
         codebooks.append(Codebook.load(path))
     return codebooks
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """sha256 of a model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def mean_tokens(module: Any, full: int, images: Tensor) -> Tensor:
+    """Tokens of images (B, C, H, W), prefix included, mean over the blocks that they enter: (B,) float64.
+
+    Args:
+        module: a VWTokenizer, a peer that says its `lengths`, or the full model.
+        full: tokens of the full model.
+        images: normalised for the model.
+    """
+    if isinstance(module, VWTokenizer):
+        depth, prefix = module.backbone.depth, module.backbone.prefix
+        counts = module.tokenize(images).counts.tolist()
+        entering = [patches_entering(module.schedule, depth, count)[:-1] for count in counts]
+        return prefix + torch.tensor(entering, dtype=torch.float64).mean(dim=1)
+    own: list[int] = module.lengths(full) if hasattr(module, "lengths") else [full]
+    return torch.full((len(images),), float(np.mean(own)), dtype=torch.float64)
+
+
+def schedule_name(schedule: PruningSchedule) -> str:
+    """As rows are named: `Prune(56) in block 3`."""
+    return ", ".join(f"{what!r} in block {block}" for block, what in schedule.items())
 
 
 # -- timing ------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from harness import (
     ratio,
     results_paths,
     save_results,
+    schedule_name,
     spread,
 )
 from peers import ClassAttentionTopK, PadAndMask, PruneOneMoreToken, TokenMerging
@@ -248,23 +249,31 @@ def make_schedules(bench: Bench, tokens: int) -> list[PruningSchedule]:
     """Those of the options, else the paper's and one merge, as far as the model can do them."""
     if bench.arguments.schedule is not None:
         return [PruningSchedule.load(path) for path in bench.arguments.schedule]
-    depth, patches = len(bench.model.blocks), tokens - Backbone(bench.model).prefix  # type: ignore[arg-type]
+    return possible(SCHEDULES, len(bench.model.blocks), tokens - Backbone(bench.model).prefix)  # type: ignore[arg-type]
+
+
+def possible(schedules: Sequence[PruningSchedule], depth: int, patches: int) -> list[PruningSchedule]:
+    """The schedules that a model of so many blocks and patches can do."""
     return [
-        s for s in SCHEDULES if all(b < depth and what.wanted(patches) <= what.most(patches) for b, what in s.items())
+        s for s in schedules if all(b < depth and what.wanted(patches) <= what.most(patches) for b, what in s.items())
     ]
+
+
+def in_the_papers_way(model: nn.Module, schedule: PruningSchedule) -> PruneOneMoreToken | None:
+    """A schedule of one pruning as Prune One More Token does it; None for any other."""
+    if len(schedule) == 1 and isinstance(what := next(iter(schedule.values())), Prune):
+        return PruneOneMoreToken(model, what.removed(Backbone(model).patches), next(iter(schedule)))
+    return None
 
 
 def schedule_variant(bench: Bench, schedule: PruningSchedule, batches: list[Tensor], peers: bool) -> Variant:
     """A schedule, and where it is a single pruning, the same in the paper's way."""
     fast = VWTokenizer(bench.model, schedule=schedule)
     calls: Calls = {"actual": on_batches(bench.compiled(fast), batches)}
-    if peers and len(schedule) == 1 and isinstance(what := next(iter(schedule.values())), Prune):
-        patches = fast.backbone.patches
-        paper = PruneOneMoreToken(bench.model, what.removed(patches), next(iter(schedule)))
+    if peers and (paper := in_the_papers_way(bench.model, schedule)) is not None:
         calls["paper"] = on_batches(bench.compiled(paper), batches)
     entering = patches_entering(schedule, fast.backbone.depth, fast.backbone.patches)[:-1]
-    name = ", ".join(f"{what!r} in block {block}" for block, what in schedule.items())
-    return Variant(name, fast.backbone.prefix + sum(entering) / len(entering), calls)
+    return Variant(schedule_name(schedule), fast.backbone.prefix + sum(entering) / len(entering), calls)
 
 
 def on_batches(module: Callable[..., Any], batches: list[Tensor]) -> Callable[[int], Any]:

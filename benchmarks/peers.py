@@ -1,4 +1,4 @@
-"""Comparators, written afresh from their papers: ToMe, class-attention top-k, POMT, and padding with a mask.
+"""Comparators, from their papers: ToMe, class-attention top-k, POMT, padding with a mask; and random dropping.
 
 They take a timm `VisionTransformer` with one class token, class-token pooling and plain blocks, in eval mode, and never
 change it. They are measured against, and nothing in `vwt` depends on them.
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vwt.errors import ArgumentError, ModelError
-from vwt.patches import PatchSpec, patchify
+from vwt.patches import PatchSpec, Space, patchify
 from vwt.tokenizer import VWTokenizer
-from vwt.words import Words, merge
+from vwt.words import Words, keep_patches, merge
 
 
 class TokenMerging(nn.Module):
@@ -139,6 +139,10 @@ class PruneOneMoreToken(nn.Module):
             tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
         return self.model.forward_head(self.model.norm(tokens))
 
+    def lengths(self, tokens: int) -> list[int]:
+        """Tokens that enter each block, class token included, when so many enter the first one."""
+        return [tokens - self.removed * (i > self.block) for i in range(len(self.model.blocks))]
+
     def _prune(self, tokens: Tensor, weights: Tensor, value: Tensor) -> Tensor:
         received = weights.amax(dim=1)[:, 1:, 1:].sum(dim=1)
         energy = value.amax(dim=1).sum(dim=-1).softmax(dim=-1)[:, 1:]
@@ -147,6 +151,40 @@ class PruneOneMoreToken(nn.Module):
         kept, dropped = order.split([order.shape[1] - self.removed - 1, self.removed + 1], dim=1)
         kept = F.pad(kept.sort(dim=1).values, (1, 0))
         return torch.cat([select(tokens, kept), select(tokens, dropped).mean(dim=1, keepdim=True)], dim=1)
+
+
+class RandomDrop(nn.Module):
+    """A strategy that drops patches at random: the yardstick that every other one must beat at the same count.
+
+    What is drawn depends on an image's own pixels and the seed, so that batch mates do not matter.
+
+    Args:
+        drop: share of the patches, in [0, 1).
+        seed: of the draw.
+    """
+
+    space: Space = "pixel"
+    fixed_count = True
+    proportion = 0.0
+
+    def __init__(self, drop: float, seed: int = 0) -> None:
+        super().__init__()
+        if not 0 <= drop < 1:
+            raise ArgumentError(f"drop is {drop}; expected a share in [0, 1)")
+        self.drop, self.seed = drop, seed
+
+    def bind(self, spec: PatchSpec) -> "RandomDrop":
+        """The strategy itself: it serves any model."""
+        return self
+
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Words:
+        """Pixel patches (B, N, D) to Words of N - int(N · drop) tokens an image."""
+        patches = features.shape[1]
+        count = max(1, patches - int(patches * self.drop + 1e-9))
+        bits = features.float().view(torch.int32).sum(dim=(1, 2)).tolist()
+        draws = [torch.rand(patches, generator=torch.Generator().manual_seed(own ^ self.seed)) for own in bits]
+        kept = torch.stack(draws).topk(count, dim=1).indices.sort(dim=1).values
+        return keep_patches(kept.to(features.device), grid)
 
 
 class PadAndMask(nn.Module):

@@ -6,13 +6,14 @@ import sys
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_codebook import Trap, bytes_of
 from test_datasets import write_images
 
 import vwt
 from vwt.building import BuildConfig, BuildReport
-from vwt.cli import build_summary, main
+from vwt.cli import build_summary, main, read_strategy
 
 PIXEL = {"--model": "test_vit", "--space": "pixel", "--words": "16", "--out": "w.zarr", "--workers": "0"}
 EMBEDDING = PIXEL | {"--space": "embedding", "--checkpoint": "weights.safetensors"}
@@ -206,3 +207,62 @@ def test_summary_names_ten_skipped_images_and_counts_the_others():
     assert [line.split()[1] for line in lines[1:11]] == [f"{index}.jpg:" for index in range(10)]
     assert lines[11].strip() == "... and 4 more"
     assert lines[12].startswith("patches")
+
+
+# -- show --------------------------------------------------------------------------------------------------------------
+
+SHOW = ["--model", "test_vit", "--checkpoint", "weights.safetensors", "--out", "out.png", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        ("missing.jpg", ["--strategy", "intra:0.5"], "cannot read missing.jpg: No such file"),
+        ("notes.safetensors", ["--strategy", "intra:0.5"], "cannot read notes.safetensors: not an image, or empty"),
+        ("images", ["--strategy", "intra:0.5"], "cannot read images: Is a directory"),
+        ("images/a/000.jpg", [], "nothing is reduced; give --strategy"),
+        ("images/a/000.jpg", ["--strategy", "magic"], "no strategy 'magic'; expected neighbours:SHARE"),
+        ("images/a/000.jpg", ["--strategy", "neighbours:"], "no strategy 'neighbours:'"),
+        ("images/a/000.jpg", ["--strategy", "inter:"], "no strategy 'inter:'"),
+        ("images/a/000.jpg", ["--strategy", "neighbours:0.7"], r"drop is 0.7; expected a share in \[0, 0.5\)"),
+        ("images/a/000.jpg", ["--strategy", "intra:1"], "drop is 1.0"),
+        ("images/a/000.jpg", ["--strategy", "inter:missing.zarr:0.1"], "no codebook at missing.zarr"),
+        ("images/a/000.jpg", ["--strategy", "inter:w.zarr:3"], "threshold is 3.0"),
+        ("images/a/000.jpg", ["--schedule", "missing.json"], "missing.json: No such file"),
+        ("images/a/000.jpg", ["--schedule", "notes.safetensors"], "notes.safetensors is damaged or no schedule"),
+        ("images/a/000.jpg", ["--schedule", "late.json"], "the schedule names block 9"),
+        ("images/a/000.jpg", ["--strategy", "intra:0.5", "--out", "out.txt"], r"cannot draw out.txt; expected a .png"),
+        ("images/a/000.jpg", ["--strategy", "intra:0.5", "--out", "no/out.png"], "a folder that exists"),
+        ("images/a/000.jpg", ["--strategy", "inter:w.zarr", "--images", "missing"], "no such folder or file: missing"),
+        ("images/a/000.jpg", ["--strategy", "inter:w.zarr", "--count", "0"], "--count is 0"),
+        ("images/a/000.jpg", ["--strategy", "intra:0.5", "--device", "nowhere"], "no device 'nowhere'"),
+    ],
+)
+def test_show_errors_are_one_line(capsys, folder, image, options, message):
+    assert run(capsys, command(PIXEL))[0] == 0
+    vwt.PruningSchedule({9: 1}).save("late.json")
+    before = bytes_of(folder)
+    assert re.search(message, one_line(*run(capsys, ["show", image, *SHOW, *options])))
+    assert bytes_of(folder) == before
+
+
+@pytest.mark.parametrize("options", [["--strategy", "neighbours:0.2"], ["--strategy", "inter:w.zarr:0.3"], []])
+def test_show_draws(capsys, options):
+    assert run(capsys, command(EMBEDDING))[0] == 0
+    vwt.PruningSchedule({2: 10}).save("schedule.json")
+    shown = ["show", "images/a/000.jpg", *SHOW, *options, "--schedule", "schedule.json", "--images", "images"]
+    assert run(capsys, shown) == (0, "out.png\n", "")
+    with Image.open("out.png") as picture:
+        across = 4 if options else 2
+        assert picture.width == pytest.approx(across * 3.2 * 160, abs=2)
+        assert (picture.height > 1.5 * picture.width / across) == ("w.zarr" in str(options))  # with words below
+
+
+def test_read_strategy(capsys):
+    assert run(capsys, command(PIXEL))[0] == 0
+    assert repr(read_strategy("neighbours:0.22")) == "Neighbours(drop=0.22)"
+    assert repr(read_strategy("intra:.5")) == "IntraImage(drop=0.5)"
+    assert read_strategy("inter:w.zarr").threshold == 0.1
+    assert read_strategy("inter:w.zarr:0.25").threshold == 0.25
+    os.rename("w.zarr", "a:b.zarr")
+    assert len(read_strategy("inter:a:b.zarr:0.25").codebook) == len(read_strategy("inter:a:b.zarr").codebook) == 16

@@ -13,14 +13,18 @@ from torch import nn
 from vwt.backbones import create_model
 from vwt.building import BACKENDS, BuildConfig, BuildReport, run_build
 from vwt.calibration import ENOUGH, Calibration, load_images
-from vwt.datasets import check_source
+from vwt.codebook import Codebook
+from vwt.datasets import ImageSource, check_source, read_image
 from vwt.energy import environment_report
 from vwt.errors import ArgumentError, VWTError, first_line
 from vwt.patches import SPACES
+from vwt.pictures import save_stages
 from vwt.plots import check_picture, plot_profile, plot_utility
 from vwt.profile import POINTS, RUNS, LatencyProfile
 from vwt.schedule import PruningSchedule
 from vwt.sensors import POWERCAP
+from vwt.strategies import InterImage, IntraImage, Neighbours, Strategy
+from vwt.tokenizer import VWTokenizer
 from vwt.tuning import tune
 
 
@@ -54,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(commands)
     _add_schedule(commands)
     _add_tune(commands)
+    _add_show(commands)
     _add_env(commands)
     return parser
 
@@ -294,6 +299,72 @@ def _schedule(arguments: argparse.Namespace) -> int:
     print(schedule.table(profile) if schedule else "do not prune: the full model is within the budget or as fast")
     print(arguments.out)
     return 0
+
+
+def _add_show(commands: "argparse._SubParsersAction[Parser]") -> None:
+    show = commands.add_parser(
+        "show",
+        help="draw what is done to an image",
+        description="Draw an image, its words, what each reduction leaves of it, and the codebook's frequent words.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    show.add_argument("image", help="file of an image")
+    _add_model(show)
+    show.add_argument("--strategy", help="neighbours:SHARE, intra:SHARE or inter:CODEBOOK[:THRESHOLD]")
+    show.add_argument("--schedule", help="of vwt schedule")
+    show.add_argument("--images", help="where to look for patches like the words; by default in the image alone")
+    show.add_argument("--count", type=int, default=64, help="how many of those images to draw")
+    show.add_argument("--seed", type=int, default=0, help="of the draw")
+    show.add_argument("--out", required=True, help="the picture: NAME.png")
+    show.set_defaults(run=_show, if_interrupted="; nothing was written")
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    check_picture(arguments.out)
+    if arguments.count < 1:
+        raise ArgumentError(f"--count is {arguments.count}; expected at least 1")
+    strategy = None if arguments.strategy is None else read_strategy(arguments.strategy)
+    schedule = None if arguments.schedule is None else PruningSchedule.load(arguments.schedule)
+    if strategy is None and not schedule:
+        raise ArgumentError("nothing is reduced; give --strategy, or a --schedule that is not empty")
+    model = _open_model(arguments)
+    image, images = read_image(arguments.image, model), None
+    fast = VWTokenizer(model, strategy, schedule)
+    codebook = getattr(strategy, "codebook", None)
+    if arguments.images is not None and codebook is not None:
+        source = ImageSource(arguments.images, model)
+        images = source.sample(arguments.count, seed=arguments.seed, progress=not arguments.quiet)
+    save_stages(
+        arguments.out, image, fast, codebook, images, heading=f"{Path(arguments.image).name}, {arguments.model}"
+    )
+    print(arguments.out)
+    return 0
+
+
+def read_strategy(text: str) -> Strategy:
+    """`neighbours:0.22`, `intra:0.5` or `inter:CODEBOOK[:THRESHOLD]` as a strategy.
+
+    Raises:
+        ArgumentError: for anything else, or an argument out of its range.
+        CodebookError: if the codebook cannot be read.
+    """
+    kind, _, rest = text.partition(":")
+    path, _, last = rest.rpartition(":")
+    share, threshold = _number(rest), _number(last)
+    if kind in ("neighbours", "intra") and share is not None:
+        return Neighbours(share) if kind == "neighbours" else IntraImage(share)
+    if kind == "inter" and rest:
+        if path and threshold is not None:
+            return InterImage(Codebook.load(path), threshold)
+        return InterImage(Codebook.load(rest))
+    raise ArgumentError(f"no strategy {text!r}; expected neighbours:SHARE, intra:SHARE or inter:CODEBOOK[:THRESHOLD]")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def build_summary(report: BuildReport, config: BuildConfig) -> str:

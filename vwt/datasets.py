@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import numbers
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class Batch:
         images: (B, C, H, W) uint8, those that could be read.
         indices: (B,) their indices in the data set.
         skipped: (index, name, reason) of each image that could not be read.
+        labels: (B,) the data set's own, -1 where it has none.
     """
 
     start: int
@@ -39,6 +42,7 @@ class Batch:
     images: Tensor
     indices: list[int]
     skipped: list[tuple[int, str, str]]
+    labels: list[int]
 
 
 class ImageSource:
@@ -49,21 +53,25 @@ class ImageSource:
         model: the model whose size, crop and interpolation the images get.
         split: of data sets that have splits, and of folders that have a sub-folder of that name.
         root: where named data sets are cached.
+        class_map: file that gives the label of each class (one name a line), as timm takes it; images of other classes
+            are left out.
 
     Raises:
         DataError: if there is no such data set, or no image in it.
     """
 
-    def __init__(self, source: str, model: nn.Module, *, split: str = "train", root: str | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        model: nn.Module,
+        *,
+        split: str = "train",
+        root: str | None = None,
+        class_map: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.source = str(source)
-        self.dataset = _open(self.source, split, root)
-        config = resolve_model_data_config(model)
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        if size is not None:  # the model may have been made for another size than its weights
-            config["input_size"] = (config["input_size"][0], *size)
-        self.input_size: tuple[int, ...] = config["input_size"]
-        self.transform = create_transform(**config, is_training=False, use_prefetcher=True)
-        self.mode = {1: "L", 3: "RGB"}.get(self.input_size[0], "RGB")
+        self.dataset = _open(self.source, split, root, "" if class_map is None else os.fspath(class_map))
+        self.transform, self.mode, self.input_size = _make_transform(model)
 
     def __len__(self) -> int:
         """Number of images, 0 where a stream does not know it."""
@@ -74,6 +82,13 @@ class ImageSource:
         """The data set's name without the folders above it, which are nobody else's business."""
         return self.source if self.source.lower().startswith(_REMOTE) else Path(self.source).resolve().name
 
+    @property
+    def classes(self) -> dict[str, int]:
+        """Label by class, as far as the data set says; a folder's classes are its sub-folders in their order."""
+        reader = getattr(self.dataset, "reader", self.dataset)
+        names = ("class_to_idx", "class_name_to_idx")
+        return dict(next((found for name in names if (found := getattr(reader, name, None))), {}))
+
     def fingerprint(self) -> str:
         """Checksum of the images' names in order, by which a resumed build knows the data set; not of their pixels."""
         digest = hashlib.sha256(f"{self.name}\n{len(self)}".encode())
@@ -82,15 +97,24 @@ class ImageSource:
                 digest.update(f"\n{filename}".encode())
         return digest.hexdigest()
 
-    def batches(self, batch_size: int, *, start: int = 0, workers: int = 0) -> Iterator[Batch]:
-        """Yield the images from index `start` on, in order; decoding runs in `workers` processes."""
+    def batches(
+        self, batch_size: int, *, start: int = 0, workers: int = 0, chosen: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """Yield images in order, decoded in `workers` processes.
+
+        Args:
+            batch_size: images at a time.
+            start: index of the first.
+            workers: how many processes, 0 for none.
+            chosen: ascending indices, instead of all from `start` on; of a stream, as many of its first.
+        """
         if isinstance(self.dataset, IterableDataset):
-            yield from self._stream(batch_size, start)
+            yield from self._stream(batch_size, start, None if chosen is None else start + len(chosen))
             return
         loader = DataLoader(
             _Decoded(self.dataset, self.transform, self.mode),
             batch_size=batch_size,
-            sampler=range(start, len(self)),
+            sampler=range(start, len(self)) if chosen is None else chosen,
             num_workers=workers,
             collate_fn=self._collate,
         )
@@ -113,22 +137,21 @@ class ImageSource:
                 bar.update(len(batch.images))
         return torch.stack(images) if images else torch.empty(0, *self.input_size).byte()
 
-    def _stream(self, batch_size: int, start: int) -> Iterator[Batch]:
-        items = enumerate(iter(self.dataset))
-        for _ in itertools.islice(items, start):
-            pass
+    def _stream(self, batch_size: int, start: int, stop: int | None) -> Iterator[Batch]:
+        items = itertools.islice(enumerate(iter(self.dataset)), start, stop)
         while chunk := list(itertools.islice(items, batch_size)):
-            yield self._collate([(index, _decode(item[0], self.transform, self.mode)) for index, item in chunk])
+            yield self._collate([(index, *_decode_item(item, self.transform, self.mode)) for index, item in chunk])
 
-    def _collate(self, items: list[tuple[int, Tensor | str]]) -> Batch:
-        good = [(index, image) for index, image in items if isinstance(image, Tensor)]
-        images = torch.stack([image for _, image in good]) if good else torch.empty(0, *self.input_size).byte()
+    def _collate(self, items: list[tuple[int, Tensor | str, int]]) -> Batch:
+        good = [(index, image, label) for index, image, label in items if isinstance(image, Tensor)]
+        images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0, *self.input_size).byte()
         return Batch(
             start=items[0][0],
             stop=items[-1][0] + 1,
             images=images,
-            indices=[index for index, _ in good],
-            skipped=[(index, self._filename(index), reason) for index, reason in items if isinstance(reason, str)],
+            indices=[index for index, _, _ in good],
+            skipped=[(index, self._filename(index), reason) for index, reason, _ in items if isinstance(reason, str)],
+            labels=[label for _, _, label in good],
         )
 
     def _filename(self, index: int) -> str:
@@ -138,19 +161,52 @@ class ImageSource:
         return str(reader.filename(index))
 
 
+def read_image(path: str | os.PathLike[str], model: nn.Module) -> Tensor:
+    """One image file as the model gets it, (C, H, W) uint8.
+
+    Raises:
+        DataError: if there is no such file, or no image in it.
+    """
+    transform, mode, _ = _make_transform(model)
+    try:
+        decoded = _decode(open(path, "rb"), transform, mode)  # noqa: SIM115, it is closed there
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if isinstance(decoded, str):
+        raise DataError(f"cannot read {path}: {decoded}; expected an image file")
+    return decoded
+
+
+def _make_transform(model: nn.Module) -> tuple[Callable[[Any], Any], str, tuple[int, ...]]:
+    """The transform of a model's own data config, the mode of its images, and their size (C, H, W)."""
+    config = resolve_model_data_config(model)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:  # the model may have been made for another size than its weights
+        config["input_size"] = (config["input_size"][0], *size)
+    channels = config["input_size"][0]
+    transform = create_transform(**config, is_training=False, use_prefetcher=True)
+    return transform, {1: "L", 3: "RGB"}.get(channels, "RGB"), tuple(config["input_size"])
+
+
 class _Decoded(Dataset):
     """timm's data set, except that an image that cannot be read is reported (timm takes the next one in its place)."""
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Any], mode: str) -> None:
         self.dataset, self.transform, self.mode = dataset, transform, mode
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
         reader = getattr(self.dataset, "reader", self.dataset)
         try:
             item = reader[index]
         except _NOT_IMAGES as error:
-            return index, _reason(error)
-        return index, _decode(item[0], self.transform, self.mode)
+            return index, _reason(error), -1
+        return index, *_decode_item(item, self.transform, self.mode)
+
+
+def _decode_item(item: Any, transform: Callable[[Any], Any], mode: str) -> tuple[Tensor | str, int]:
+    """The image of an item, as `_decode` gives it, and its label, -1 where it has none."""
+    label = item[1] if len(item) > 1 else None
+    return _decode(item[0], transform, mode), int(label) if isinstance(label, numbers.Integral) else -1
 
 
 def _decode(image: Any, transform: Callable[[Any], Any], mode: str) -> Tensor | str:
@@ -184,11 +240,17 @@ def check_source(source: str) -> None:
         raise DataError(f"{source} is a file, but no tar file; give a folder of images or a .tar archive")
 
 
-def _open(source: str, split: str, root: str | None) -> Any:
+def _open(source: str, split: str, root: str | None, class_map: str) -> Any:
     check_source(source)
     remote = source.lower().startswith(_REMOTE)
+    if class_map and not Path(class_map).is_file():
+        raise DataError(f"no class map at {class_map}; expected a text file with the name of one class a line")
+    if class_map and source.lower().startswith("torch/"):
+        raise DataError(f"{source} takes no class map; leave it out, its labels are its own")
     try:
-        dataset = create_dataset(source if remote else "", root=root if remote else source, split=split)
+        dataset = create_dataset(
+            source if remote else "", root=root if remote else source, split=split, class_map=class_map
+        )
     # The factory's readers raise whatever their library does: assertion, import, network and value errors.
     except Exception as error:
         raise DataError(f"cannot read the data set {source}: {first_line(error)}") from error

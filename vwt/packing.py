@@ -147,8 +147,8 @@ def _biases(packed: Packed) -> list[Tensor | None]:
     """What is added to the attention logits of each of the runs, (b, 1, 1 or n, n) or None."""
     if packed.counted is None:
         return [None] * (1 if packed.is_dense else len(packed.lengths))
-    shape = torch.Tensor.contiguous if packed.counts_itself else _without_diagonal
-    return [shape(bias[:, None, None]) for bias in packed.runs(packed.counted.log().to(packed.values.dtype))]
+    biases = [bias[:, None, None] for bias in packed.runs(packed.counted.log().to(packed.values.dtype))]
+    return [bias if packed.counts_itself else _without_diagonal(bias) for bias in biases]
 
 
 def _without_diagonal(bias: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -138,11 +138,21 @@ def subplots(rows: int, columns: int, size: tuple[float, float] = (2.4, 2.5)) ->
     Raises:
         ArgumentError: if matplotlib is not installed.
     """
+    figure = new_figure(size[0] * columns, size[1] * rows)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def new_figure(width: float, height: float, layout: Literal["tight", "constrained"] = "tight") -> Any:
+    """An empty figure without pyplot, of a size in inches, with one of matplotlib's layouts.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'") from error
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="tight")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure

@@ -1,0 +1,360 @@
+"""How near reduced models stay to the full one, over tokens and over latency, on real images.
+
+    python benchmarks/fidelity.py --model MODEL [--checkpoint FILE] --data FOLDER [--results-file NAME] [--plot FILE]
+    python benchmarks/fidelity.py --model MODEL --data FOLDER --limit 1000 --no-latency
+
+Fidelity: every variant sees every image of the data set, or --limit of them drawn with the seed. `kl` is the mean over
+images of KL(full ‖ reduced) of the class distributions, in nats; `agreement` how often the first class is the full
+model's; `top1` how often it is the label's, and `top1_change` how much more often than the full model's is. Labels are
+those of --class-map (names of classes, one a line, as timm takes it); by default ImageNet's, where a data set's folders
+are WordNet ids and the model has these classes, or the data set's own where they are as many as the model's. `tokens`
+are those that enter a block, prefix included, mean over blocks and images. `_low` and `_high` are the ends of 95 %
+bootstrap intervals over images; they are paired: each resample draws the same images for all variants. The full model's
+answers are kept in --cache, by its weights and the images' pixels.
+
+Latency: afterwards, at batch 1, on --images of the images, all variants in turn (see benchmarks/latency.py). `ratio` is
+to the full model, the median over images of the ratio of medians over --runs; its interval is over images. This needs
+a quiet machine; --no-latency leaves it out.
+
+`front` says on which Pareto fronts (KL over tokens, KL over latency) a variant is. The second table has, for each
+comparator, the cheapest variant of vwt with at most its KL, and what it costs as a ratio to the comparator.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from answers import FullAnswers, find_class_map, has_labels
+from fidelity_tables import (
+    COLUMNS,
+    EQUAL_KL,
+    Scores,
+    add_latency,
+    equal_kl,
+    fidelity_rows,
+    mark_fronts,
+    plot_fidelity,
+)
+from harness import (
+    Bench,
+    add_common,
+    autocast,
+    load_codebooks,
+    load_model,
+    mean_tokens,
+    open_device,
+    place,
+    positive,
+    print_table,
+    results_paths,
+    save_results,
+    schedule_name,
+    weights_checksum,
+)
+from latency import SCHEDULES, in_the_papers_way, make_peers, on_batches, possible, strategies
+from peers import RandomDrop, TokenMerging
+from torch import Tensor
+from tqdm import tqdm
+
+from vwt import Merge, Neighbours, PruningSchedule, VWTokenizer
+from vwt.backbones import Backbone
+from vwt.calibration import compare
+from vwt.cli import Parser
+from vwt.datasets import Batch, ImageSource
+from vwt.environment import hardware
+from vwt.errors import ArgumentError, DataError, VWTError
+from vwt.patches import PatchSpec
+from vwt.plots import check_picture
+
+DROPS = (0.15, 0.225, 0.33, 0.4)  # shares of the patches that go before the blocks: 29, 44, 64 and 78 of 196
+TOGETHER = [(0.15, 0.3), (0.15, 0.4), (0.225, 0.2), (0.225, 0.3), (0.225, 0.4), (0.33, 0.4), (0.4, 0.5)]  # and inside
+ROW_OF_FULL = "full"
+RANDOM, PAPER, TOME, POMT, TOPK = "random drop", "VWT paper", "ToMe", "POMT, the paper's way", "top-k"
+NEIGHBOURS, BOTH, INSIDE, FILES = "Neighbours", "Neighbours + merge", "schedule", "from files"
+PEERS = (RANDOM, PAPER, TOME, POMT, TOPK)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and save; returns the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        run(arguments)
+    except VWTError as error:
+        print(f"fidelity: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfidelity: interrupted; the full model's answers so far are kept in --cache", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> Parser:
+    """The options; `--batch-size` is said anew, since latency is at batch 1."""
+    parser = Parser(
+        prog="fidelity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
+    )
+    add_common(parser)
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="for fidelity; latency is at 1")
+    parser.add_argument("--limit", type=positive, metavar="N", help="images for fidelity, drawn at random; default all")
+    parser.add_argument("--class-map", type=Path, metavar="FILE", help="names of classes, one a line")
+    parser.add_argument("--threshold", nargs="+", type=float, default=[0.1, 0.2], help="cosine distances of InterImage")
+    parser.add_argument("--topk", nargs="+", type=positive, default=[84, 112], help="patches that top-k keeps")
+    parser.add_argument("--schedule", action="append", type=Path, metavar="JSON", help="of vwt schedule; repeatable")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="variants with one of these in their names")
+    parser.add_argument("--no-peers", action="store_true", help="leave ToMe, POMT and top-k out")
+    parser.add_argument("--no-latency", action="store_true", help="leave latency out")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw KL over tokens and over latency")
+    parser.set_defaults(torchcompile=False)
+    return parser
+
+
+@torch.inference_mode()
+def run(arguments: argparse.Namespace) -> None:
+    """What the options ask for."""
+    if arguments.workers < 0:
+        raise ArgumentError(f"--workers is {arguments.workers}; expected at least 0")
+    check_picture(arguments.plot)
+    paths = results_paths(arguments.results_file)
+    bench = Bench(arguments, open_device(arguments), load_model(arguments))
+    images = open_images(bench)
+    answers = FullAnswers(arguments.cache / answers_name(bench, images.source))
+    bench.codebooks = load_codebooks(arguments, bench.model, [("embedding", 1000)])
+    latency_images = None if arguments.no_latency else bench.images
+    place(bench.model, bench.device, arguments.precision)
+    variants = make_variants(bench)
+    line = hardware(bench.device, arguments.precision)
+    print(f"{line}\n{arguments.model}, {len(images.chosen) or 'all'} images of {arguments.data}{images.remark}")
+    scores = measure_fidelity(bench, variants, images, answers)
+    rows = fidelity_rows(scores, {v.name: v.family for v in variants}, arguments.seed)
+    header = {"hardware": line, "arguments": vars(arguments), "images": len(scores[ROW_OF_FULL].kl)}
+    save_results(paths, header, {"fidelity": rows})  # whatever becomes of the rest
+    seconds: dict[str, np.ndarray] = {}
+    if latency_images is not None:
+        seconds = measure_latency(bench, variants, bench.batches(latency_images, 1))
+        add_latency(rows, seconds, arguments.seed)
+    mark_fronts(rows)
+    tables = {"fidelity": rows, "equal_kl": equal_kl(rows, scores, seconds, PEERS, arguments.seed)}
+    print_table("Fidelity", rows, COLUMNS)
+    print_table("At the KL of the comparators", tables["equal_kl"], EQUAL_KL)
+    save_results(paths, header, tables)
+    if arguments.plot:
+        plot_fidelity(arguments.plot, rows, f"{arguments.model}, {header['images']} images\n{line}")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Images:
+    """What fidelity is measured on.
+
+    Attributes:
+        source: the data set.
+        chosen: ascending indices; empty for a stream without a limit.
+        labelled: whether its labels are the model's classes.
+        remark: what is to be said of them, for the first lines.
+    """
+
+    source: ImageSource
+    chosen: Sequence[int]
+    labelled: bool
+    remark: str
+
+    def batches(self, size: int, workers: int) -> Iterator[Batch]:
+        """All of them, in order."""
+        return self.source.batches(size, workers=workers, chosen=self.chosen or None)
+
+
+def open_images(bench: Bench) -> Images:
+    """The images of the options, and whether they have labels.
+
+    Raises:
+        DataError: if there are fewer than --limit.
+    """
+    options, remark = bench.arguments, ""
+    classes = int(getattr(bench.model, "num_classes", 0))
+    source = ImageSource(options.data, bench.model, split=options.split)
+    class_map = options.class_map or find_class_map(source, classes)
+    if class_map is not None:
+        every = len(source)
+        source = ImageSource(options.data, bench.model, split=options.split, class_map=class_map)
+        if len(source) < every:
+            remark = f" ({every - len(source)} of classes that {class_map.name} does not have left out)"
+    labelled = has_labels(source, classes, class_map)
+    if not labelled:
+        remark += "; no top-1, its classes are not known to be the model's (--class-map)"
+    count = options.limit or len(source)
+    if len(source) and count > len(source):
+        raise DataError(f"{options.data} has {len(source)} images, {count} were asked for with --limit")
+    chosen: Sequence[int] = range(count)
+    if len(source):
+        chosen = sorted(random.Random(options.seed).sample(range(len(source)), count))
+    return Images(source, chosen, labelled, remark)
+
+
+def answers_name(bench: Bench, source: ImageSource) -> str:
+    """The file of the full model's answers: by model, weights, data set and precision."""
+    precision = f"{bench.arguments.precision}-{bench.device.type}"
+    parts = (weights_checksum(bench.model)[:8], source.fingerprint()[:8], f"{source.input_size[-1]}px", precision)
+    return f"full-{PatchSpec.of(bench.model).model}-{'-'.join(parts)}.safetensors"
+
+
+# -- variants ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something to measure.
+
+    Attributes:
+        name: of its row.
+        family: what it is one of, for the plot.
+        module: from images, normalised for the model, to logits.
+    """
+
+    name: str
+    family: str
+    module: Callable[[Tensor], Tensor]
+
+
+def make_variants(bench: Bench) -> list[Variant]:
+    """The full model first, then what --only leaves.
+
+    Raises:
+        ArgumentError: if that is nothing.
+    """
+    made = [*own_variants(bench), *variants_of_files(bench)]
+    if not bench.arguments.no_peers:
+        made += peer_variants(bench)
+    only = bench.arguments.only
+    chosen = [v for v in made if only is None or any(text in v.name for text in only)]
+    if not chosen:
+        raise ArgumentError(
+            f"no variant has {' or '.join(only)} in its name; there are {', '.join(v.name for v in made)}"
+        )
+    return [Variant(ROW_OF_FULL, ROW_OF_FULL, bench.model), *chosen]
+
+
+def own_variants(bench: Bench) -> list[Variant]:
+    """What is done before the blocks, inside them, and both."""
+    model, made = bench.model, []
+    backbone = Backbone(model)
+
+    def add(name: str, family: str, strategy: Any = None, schedule: PruningSchedule | None = None) -> None:
+        made.append(Variant(name, family, VWTokenizer(model, strategy, schedule)))
+
+    for drop in (*DROPS, 0.5):
+        add(f"random drop {drop:g}", RANDOM, RandomDrop(drop, bench.arguments.seed))
+    for name, strategy in strategies(bench).items():
+        add(name, PAPER, strategy)
+    for drop in DROPS:
+        add(f"Neighbours {drop:g}", NEIGHBOURS, Neighbours(drop))
+    for drop, merged in TOGETHER:
+        schedule = PruningSchedule({backbone.depth // 2: Merge(merged)})
+        add(f"Neighbours {drop:g} + {schedule_name(schedule)}", BOTH, Neighbours(drop), schedule)
+    for schedule in possible(SCHEDULES, backbone.depth, backbone.patches):
+        add(schedule_name(schedule), INSIDE, None, schedule)
+    return made
+
+
+def peer_variants(bench: Bench) -> list[Variant]:
+    """The comparators that are no strategies of vwt."""
+    backbone = Backbone(bench.model)
+    peers = make_peers(bench).items()
+    made = [Variant(name, TOME if isinstance(module, TokenMerging) else TOPK, module) for name, module in peers]
+    for schedule in possible(SCHEDULES, backbone.depth, backbone.patches):
+        if (paper := in_the_papers_way(bench.model, schedule)) is not None:
+            made.append(Variant(f"POMT R {paper.removed} in block {paper.block}", POMT, paper))
+    return made
+
+
+def variants_of_files(bench: Bench) -> list[Variant]:
+    """Schedules (and, one day, plans) that were saved."""
+    return [
+        Variant(f"schedule {path.name}", FILES, VWTokenizer(bench.model, schedule=PruningSchedule.load(path)))
+        for path in bench.arguments.schedule or []
+    ]  # a plan is one more of these: Variant(f"plan {path.name}", FILES, Plan.load(path).apply(bench.model))
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def measure_fidelity(
+    bench: Bench, variants: Sequence[Variant], images: Images, answers: FullAnswers
+) -> dict[str, Scores]:
+    """Scores of all variants by name, the full model's first.
+
+    Raises:
+        DataError: if no image can be read.
+    """
+    options = bench.arguments
+    parts: dict[str, list[Scores]] = {variant.name: [] for variant in variants}
+    skipped: list[str] = []
+    tokens = full_tokens(bench.model)
+    with (
+        autocast(bench.device, options.precision),
+        tqdm(total=len(images.chosen) or None, desc="fidelity", unit="img", disable=options.quiet) as bar,
+    ):
+        try:
+            for batch in images.batches(options.batch_size, options.workers):
+                skipped += [f"{name} ({reason})" for _, name, reason in batch.skipped]
+                if batch.indices:
+                    for name, scores in score(bench, variants, batch, images.labelled, answers, tokens):
+                        parts[name].append(scores)
+                bar.update(batch.stop - batch.start)
+        finally:
+            answers.save()
+    if skipped:
+        named = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        print(f"fidelity: left out {len(skipped)} that cannot be read: {named}", file=sys.stderr)
+    if not parts[ROW_OF_FULL]:
+        raise DataError(f"{options.data} has no image that can be read")
+    return {name: join(own) for name, own in parts.items()}
+
+
+def full_tokens(model: Any) -> int:
+    """Tokens that enter each block of the full model."""
+    backbone = Backbone(model)
+    return backbone.prefix + backbone.patches
+
+
+def score(
+    bench: Bench, variants: Sequence[Variant], batch: Batch, labelled: bool, answers: FullAnswers, tokens: int
+) -> Iterator[tuple[str, Scores]]:
+    """Scores of each variant on one batch."""
+    inputs = bench.prepare(batch.images)
+    full = answers(batch.images, lambda: bench.model(inputs))
+    labels = torch.tensor(batch.labels)
+    for variant in variants:
+        logits = full if variant.name == ROW_OF_FULL else variant.module(inputs).float().cpu()
+        found = compare(full, logits)
+        right = (logits.argmax(-1) == labels).double().numpy() if labelled else None
+        count = mean_tokens(variant.module, tokens, inputs)
+        yield variant.name, Scores(found.kl.double().numpy(), found.agrees.double().numpy(), right, count.numpy())
+
+
+def join(parts: Sequence[Scores]) -> Scores:
+    """Scores of batches one after another."""
+    right = [part.right for part in parts if part.right is not None]
+    kl, agrees, tokens = (np.concatenate([getattr(p, name) for p in parts]) for name in ("kl", "agrees", "tokens"))
+    return Scores(kl, agrees, np.concatenate(right) if right else None, tokens)
+
+
+def measure_latency(bench: Bench, variants: Sequence[Variant], batches: list[Tensor]) -> dict[str, np.ndarray]:
+    """Seconds (images, runs) of all variants by name, interleaved."""
+    timed = bench.time([{"actual": on_batches(v.module, batches)} for v in variants], len(batches))
+    return {v.name: seconds["actual"] for v, seconds in zip(variants, timed, strict=True)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
