@@ -62,7 +62,7 @@ from peers import RandomDrop, TokenMerging
 from torch import Tensor
 from tqdm import tqdm
 
-from vwt import Merge, Neighbours, PruningSchedule, VWTokenizer
+from vwt import Fuse, Neighbours, Plan, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.calibration import compare
 from vwt.cli import Parser
@@ -109,6 +109,7 @@ def make_parser() -> Parser:
     parser.add_argument("--threshold", nargs="+", type=float, default=[0.1, 0.2], help="cosine distances of InterImage")
     parser.add_argument("--topk", nargs="+", type=positive, default=[84, 112], help="patches that top-k keeps")
     parser.add_argument("--schedule", action="append", type=Path, metavar="JSON", help="of vwt schedule; repeatable")
+    parser.add_argument("--plan", action="append", type=Path, metavar="JSON", help="of vwt tune; repeatable")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="variants with one of these in their names")
     parser.add_argument("--no-peers", action="store_true", help="leave ToMe, POMT and top-k out")
     parser.add_argument("--no-latency", action="store_true", help="leave latency out")
@@ -260,7 +261,7 @@ def own_variants(bench: Bench) -> list[Variant]:
     for drop in DROPS:
         add(f"Neighbours {drop:g}", NEIGHBOURS, Neighbours(drop))
     for drop, merged in TOGETHER:
-        schedule = PruningSchedule({backbone.depth // 2: Merge(merged)})
+        schedule = PruningSchedule({backbone.depth // 2: Fuse(merged)})
         add(f"Neighbours {drop:g} + {schedule_name(schedule)}", BOTH, Neighbours(drop), schedule)
     for schedule in possible(SCHEDULES, backbone.depth, backbone.patches):
         add(schedule_name(schedule), INSIDE, None, schedule)
@@ -279,11 +280,18 @@ def peer_variants(bench: Bench) -> list[Variant]:
 
 
 def variants_of_files(bench: Bench) -> list[Variant]:
-    """Schedules (and, one day, plans) that were saved."""
-    return [
+    """Schedules and plans that were saved."""
+    options = bench.arguments
+    schedules = [
         Variant(f"schedule {path.name}", FILES, VWTokenizer(bench.model, schedule=PruningSchedule.load(path)))
-        for path in bench.arguments.schedule or []
-    ]  # a plan is one more of these: Variant(f"plan {path.name}", FILES, Plan.load(path).apply(bench.model))
+        for path in options.schedule or []
+    ]
+    # A plan of another machine may well be measured here.
+    plans = [
+        Variant(f"plan {path.name}", FILES, Plan.load(path).apply(bench.model, force=True))
+        for path in options.plan or []
+    ]
+    return schedules + plans
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from harness import (
 from peers import ClassAttentionTopK, PadAndMask, PruneOneMoreToken, TokenMerging
 from torch import Tensor, nn
 
-from vwt import InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Fuse, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.cli import Parser
 from vwt.environment import hardware
@@ -60,7 +60,12 @@ from vwt.pruning import patches_entering
 from vwt.timing import Calls, Seconds
 
 DROPS = (0.25, 0.33, 0.5)
-SCHEDULES = [PruningSchedule({3: Prune(removed)}) for removed in (28, 56, 84)] + [PruningSchedule({3: Merge(60)})]
+SCHEDULES = [
+    *(PruningSchedule({3: Prune(removed)}) for removed in (28, 56, 84)),
+    PruningSchedule({3: Merge(60)}),
+    PruningSchedule({3: Fuse(60)}),
+    PruningSchedule({3: Fuse(60), 6: Fuse(50)}),
+]
 ALL_WORDS: list[tuple[Space, int]] = [(s, k) for s in ("embedding", "pixel") for k in (100, 1000, 10000)]
 LATENCY = {
     "name": "", "tokens": ".1f", "ms": ".2f", "ms_q1": ".2f", "ms_q3": ".2f", "ratio": ".3f", "ideal_ms": ".2f",

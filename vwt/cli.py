@@ -19,6 +19,7 @@ from vwt.energy import environment_report
 from vwt.errors import ArgumentError, VWTError, first_line
 from vwt.patches import SPACES
 from vwt.pictures import save_stages
+from vwt.plan import Plan
 from vwt.plots import check_picture, plot_profile, plot_utility
 from vwt.profile import POINTS, RUNS, LatencyProfile
 from vwt.schedule import PruningSchedule
@@ -310,6 +311,8 @@ def _add_show(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     show.add_argument("image", help="file of an image")
     _add_model(show)
+    show.add_argument("--plan", help="of vwt tune")
+    show.add_argument("--force", action="store_true", help="apply a plan of another model or device too")
     show.add_argument("--strategy", help="neighbours:SHARE, intra:SHARE or inter:CODEBOOK[:THRESHOLD]")
     show.add_argument("--schedule", help="of vwt schedule")
     show.add_argument("--images", help="where to look for patches like the words; by default in the image alone")
@@ -325,12 +328,15 @@ def _show(arguments: argparse.Namespace) -> int:
         raise ArgumentError(f"--count is {arguments.count}; expected at least 1")
     strategy = None if arguments.strategy is None else read_strategy(arguments.strategy)
     schedule = None if arguments.schedule is None else PruningSchedule.load(arguments.schedule)
-    if strategy is None and not schedule:
-        raise ArgumentError("nothing is reduced; give --strategy, or a --schedule that is not empty")
+    plan = None if arguments.plan is None else Plan.load(arguments.plan)
+    if plan is not None and (strategy is not None or schedule is not None):
+        raise ArgumentError("a plan has its strategy and schedule; leave out --strategy and --schedule, or --plan")
+    if plan is None and strategy is None and not schedule:
+        raise ArgumentError("nothing is reduced; give --plan, --strategy, or a --schedule that is not empty")
     model = _open_model(arguments)
     image, images = read_image(arguments.image, model), None
-    fast = VWTokenizer(model, strategy, schedule)
-    codebook = getattr(strategy, "codebook", None)
+    fast = VWTokenizer(model, strategy, schedule) if plan is None else plan.apply(model, force=arguments.force)
+    codebook = getattr(fast.strategy, "codebook", None)
     if arguments.images is not None and codebook is not None:
         source = ImageSource(arguments.images, model)
         images = source.sample(arguments.count, seed=arguments.seed, progress=not arguments.quiet)
