@@ -220,7 +220,7 @@ SHOW = ["--model", "test_vit", "--checkpoint", "weights.safetensors", "--out", "
         ("missing.jpg", ["--strategy", "intra:0.5"], "cannot read missing.jpg: No such file"),
         ("notes.safetensors", ["--strategy", "intra:0.5"], "cannot read notes.safetensors: not an image, or empty"),
         ("images", ["--strategy", "intra:0.5"], "cannot read images: Is a directory"),
-        ("images/a/000.jpg", [], "nothing is reduced; give --strategy"),
+        ("images/a/000.jpg", [], "nothing is reduced; give --plan"),
         ("images/a/000.jpg", ["--strategy", "magic"], "no strategy 'magic'; expected neighbours:SHARE"),
         ("images/a/000.jpg", ["--strategy", "neighbours:"], "no strategy 'neighbours:'"),
         ("images/a/000.jpg", ["--strategy", "inter:"], "no strategy 'inter:'"),

@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def _named(words: Words, gone: Tensor) -> Words:
     """
     first: dict[int, int] = {}
     named = torch.tensor([first.setdefault(number, place) for place, number in enumerate(words.group[0].tolist())])
-    return replace(words, group=torch.where(gone.cpu(), -1, named)[None])
+    return Words(torch.where(gone.cpu(), -1, named)[None], words.weight, words.counts, words.grid)
 
 
 def _outline(axes: Any, words: Words, size: Sequence[int]) -> None:

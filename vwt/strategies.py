@@ -26,7 +26,7 @@ class Strategy(Protocol):
 
     space: Space
     fixed_count: bool  # every image gets as many tokens, whatever it shows
-    proportion: float  # attention counts a token of s patches as s ** proportion of them
+    # One may also have `proportion`: attention counts a token of s patches as s ** proportion (0 without).
 
     def bind(self, spec: PatchSpec) -> nn.Module:
         """The strategy as a module for one model; raises MismatchError if it cannot serve it."""
@@ -49,7 +49,6 @@ class IntraImage(nn.Module):
 
     space: Space = "pixel"
     fixed_count = True
-    proportion = 0.0
 
     def __init__(self, drop: float = 0.5) -> None:
         super().__init__()
@@ -86,7 +85,6 @@ class InterImage(nn.Module):
     """
 
     fixed_count = False
-    proportion = 0.0  # larger ones were measured to be worse
 
     def __init__(self, codebook: Codebook, threshold: float = 0.1) -> None:
         super().__init__()

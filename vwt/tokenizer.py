@@ -129,7 +129,7 @@ class VWTokenizer(nn.Module):
 
     def _merge_and_pack(self, tokens: Tensor, words: Words) -> Packed:
         prefix = self.backbone.prefix
-        proportion = self.strategy.proportion
+        proportion = getattr(self.strategy, "proportion", 0.0)
         sizes = words.sizes if proportion or (self.schedule and words.kept is None) else None
         return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes, proportion)
 
