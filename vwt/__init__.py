@@ -7,7 +7,7 @@ from vwt.codebook import Codebook
 from vwt.profile import LatencyProfile
 from vwt.pruning import Merge, Prune
 from vwt.schedule import PruningSchedule
-from vwt.strategies import InterImage, IntraImage
+from vwt.strategies import InterImage, IntraImage, Neighbours
 from vwt.tokenizer import VWTokenizer
 
 __version__ = version("vwt")
@@ -17,6 +17,7 @@ __all__ = [
     "IntraImage",
     "LatencyProfile",
     "Merge",
+    "Neighbours",
     "Prune",
     "PruningSchedule",
     "VWTokenizer",

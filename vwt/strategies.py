@@ -5,9 +5,11 @@ except through `bind`.
 """
 
 import copy
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vwt.codebook import Codebook
@@ -23,6 +25,7 @@ class Strategy(Protocol):
 
     space: Space
     fixed_count: bool  # every image gets as many tokens, whatever it shows
+    proportion: float  # attention counts a token of s patches as s ** proportion of them
 
     def bind(self, spec: PatchSpec) -> nn.Module:
         """The strategy as a module for one model; raises MismatchError if it cannot serve it."""
@@ -45,6 +48,7 @@ class IntraImage(nn.Module):
 
     space: Space = "pixel"
     fixed_count = True
+    proportion = 0.0
 
     def __init__(self, drop: float = 0.5) -> None:
         super().__init__()
@@ -81,6 +85,7 @@ class InterImage(nn.Module):
     """
 
     fixed_count = False
+    proportion = 0.0  # larger ones were measured to be worse
 
     def __init__(self, codebook: Codebook, threshold: float = 0.1) -> None:
         super().__init__()
@@ -103,3 +108,141 @@ class InterImage(nn.Module):
     def extra_repr(self) -> str:
         """For repr()."""
         return f"{self.codebook!r}, threshold={self.threshold}"
+
+
+class Neighbours(nn.Module):
+    """Let a patch stand for a direct neighbour that is like it.
+
+    Redundancy is judged between neighbours, and a real patch is kept with its own position: an average is a token that
+    the model has never seen, and one over distant places has no position. Of the grid's two colours, as on a
+    chessboard, patches of one may be dropped, so that all neighbours of a dropped patch are kept: those most similar
+    (cosine, in embedding space) to one of their neighbours, which from then on stands for them. Each image takes the
+    colour whose best candidates are the more similar. Attention counts a patch that stands for s as s ** 0.5 when
+    others attend to it (proportional attention as in Token Merging, arXiv 2210.09461, but of half the strength, and not
+    to itself).
+
+    Args:
+        drop: share of the patches to drop, in [0, 0.5): all images lose as many; or
+        threshold: cosine distance in [0, 2] up to which a patch is dropped: the image decides.
+        always: indices of patches that always stay, such as those that a model uses as attention sinks (see
+            `vwt.calibration.Calibration.sinks`).
+
+    Raises:
+        ArgumentError: unless exactly one of drop and threshold is given, in its range.
+    """
+
+    space: Space = "embedding"
+    proportion = 0.5
+
+    def __init__(
+        self, drop: float | None = None, *, threshold: float | None = None, always: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        if (drop is None) == (threshold is None):
+            raise ArgumentError("Neighbours needs either drop, a share of the patches, or threshold, a cosine distance")
+        if drop is not None and not 0 <= drop < 0.5:
+            raise ArgumentError(f"drop is {drop}; expected a share in [0, 0.5), as neighbours of dropped patches stay")
+        if threshold is not None:
+            check_threshold(threshold)
+        if not all(isinstance(index, int) and index >= 0 for index in always):
+            raise ArgumentError(f"always is {always!r}; expected indices of patches, from 0")
+        self.drop, self.threshold, self.always = drop, threshold, tuple(sorted(set(always)))
+        self.fixed_count = drop is not None
+        self._boards: dict[tuple[tuple[int, int], torch.device], _Board] = {}
+
+    def bind(self, spec: PatchSpec) -> "Neighbours":
+        """The strategy itself: it serves any model."""
+        return self
+
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Words:
+        """Features (B, N, D) to Words of N - int(N · drop) tokens an image, or of as many as the threshold leaves.
+
+        Raises:
+            ArgumentError: if so many cannot be dropped of one colour, or the grid has no such patch as stays always.
+        """
+        board = self._board(grid, features.device)
+        unit = F.normalize(features.float(), dim=-1)
+        likeness = (unit @ unit.transpose(-2, -1)).flatten(1)[:, board.pairs].view(len(unit), -1, 4) + board.outside
+        best, side = likeness.max(dim=-1)
+        partner = board.neighbours[side, board.everything]  # (B, N)
+        drop = self._dropped if self.threshold is None else self._dropped_within
+        return drop(best, partner, board, grid)
+
+    def _dropped(self, best: Tensor, partner: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
+        """Drop as many patches of each image, the most alike of one colour."""
+        count = int(best.shape[1] * (self.drop or 0.0) + 1e-9)
+        most = min(len(colour) for colour in board.colours) - len(self.always)
+        if count > most:
+            raise ArgumentError(f"{self} drops {count} of {best.shape[1]} patches; {most} can go here; drop fewer")
+        one, other = (best[:, colour].topk(count, dim=1) for colour in board.colours)
+        takes_one = (one.values.sum(dim=1) > other.values.sum(dim=1))[:, None]
+        dropped = torch.where(takes_one, board.colours[0][one.indices], board.colours[1][other.indices])
+        everything = board.everything.expand(len(best), -1)
+        # What is dropped goes to the end, so that the others come first, in their order.
+        kept = everything.scatter(1, dropped, best.shape[1]).sort(dim=1).values[:, : best.shape[1] - count]
+        return keep_patches(kept, grid, everything.scatter(1, dropped, partner.gather(1, dropped)))
+
+    def _dropped_within(self, best: Tensor, partner: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
+        """Drop what is alike enough of the colour in which there is more of it."""
+        alike = best >= 1 - (self.threshold or 0.0) - 1e-6
+        one, other = (torch.zeros_like(alike).index_fill(1, colour, True) & alike for colour in board.colours)
+        dropped = torch.where((one.sum(dim=1) >= other.sum(dim=1))[:, None], one, other)
+        stands_for = torch.where(dropped, partner, board.everything)
+        group = ((~dropped).cumsum(dim=1) - 1).gather(1, stands_for)
+        return Words(group, (~dropped).float(), (~dropped).sum(dim=1), grid)
+
+    def _board(self, grid: tuple[int, int], device: torch.device) -> "_Board":
+        if torch.compiler.is_compiling():  # which folds constants itself
+            return _make_board(grid, self.always, device)
+        key = (grid, device)
+        if key not in self._boards:
+            with torch.inference_mode(False):  # they serve later calls, with gradients too
+                self._boards[key] = _make_board(grid, self.always, device)
+        return self._boards[key]
+
+    def extra_repr(self) -> str:
+        """For repr()."""
+        how = f"drop={self.drop}" if self.threshold is None else f"threshold={self.threshold}"
+        return how + (f", always={self.always}" if self.always else "")
+
+
+class _Board(NamedTuple):
+    """A grid as a chessboard.
+
+    Attributes:
+        everything: (N,) 0, 1, ….
+        neighbours: (4, N) the patch above, below, left and right; any where there is none.
+        pairs: (4 N,) where the likeness of a patch and each of its neighbours is found among all pairs of patches.
+        outside: (N, 4) -inf where there is no neighbour, or the patch always stays, else 0.
+        colours: patches of each of the two colours.
+    """
+
+    everything: Tensor
+    neighbours: Tensor
+    pairs: Tensor
+    outside: Tensor
+    colours: tuple[Tensor, Tensor]
+
+
+def _make_board(grid: tuple[int, int], always: Sequence[int], device: torch.device) -> _Board:
+    rows, columns = grid
+    if any(index >= rows * columns for index in always):
+        raise ArgumentError(f"always is {list(always)}; expected indices of the {rows}x{columns} patches, from 0")
+    patches = [(row, column) for row in range(rows) for column in range(columns)]
+    neighbours, outside = [], []
+    for row, column in patches:
+        around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
+        inside = [0 <= r < rows and 0 <= c < columns for r, c in around]
+        neighbours.append([r * columns + c if ok else 0 for (r, c), ok in zip(around, inside, strict=True)])
+        stays = row * columns + column in always
+        outside.append([0.0 if ok and not stays else -torch.inf for ok in inside])
+    table = torch.tensor(neighbours, device=device)
+    everything = torch.arange(len(patches), device=device)
+    colours = [torch.tensor([i for i, (r, c) in enumerate(patches) if (r + c) % 2 == k], device=device) for k in (0, 1)]
+    return _Board(
+        everything,
+        table.T.contiguous(),
+        (everything[:, None] * len(patches) + table).flatten(),
+        torch.tensor(outside, device=device),
+        (colours[0], colours[1]),
+    )

@@ -42,7 +42,7 @@ class Words:
         count: tokens an image where the strategy gives every image as many, else None. It spares a device
             synchronisation and keeps shapes static.
         kept: (B, count) int64, the patch that each token is, where all tokens are patches as they are, else None. It
-            spares the arithmetic of means.
+            spares the arithmetic of means; patches of the group that are not kept have weight 0.
     """
 
     group: Tensor
@@ -68,7 +68,11 @@ class Words:
     @once
     def sizes(self) -> Tensor:
         """Patches in each token (T,) float32, in the order of `merge`."""
-        return _sum_rows((self.group >= 0).float()[..., None], self)[:, 0]
+        inside = (self.group >= 0).float()
+        if self.count is None:
+            return _sum_rows(inside[..., None], self)[:, 0]
+        sums = inside.new_zeros(len(inside), self.count)
+        return sums.scatter_add(1, self.group.clamp(min=0), inside).flatten()
 
 
 def group_words(labels: Tensor, num_labels: int, grid: tuple[int, int]) -> Words:
@@ -94,17 +98,22 @@ def group_words(labels: Tensor, num_labels: int, grid: tuple[int, int]) -> Words
     return Words(group, size.float().reciprocal(), opens.sum(1), grid)
 
 
-def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
-    """Words in which some patches are tokens as they are, and the others are dropped.
+def keep_patches(kept: Tensor, grid: tuple[int, int], stands_for: Tensor | None = None) -> Words:
+    """Words in which some patches are tokens as they are, and the others are dropped, or stood for by one of them.
 
     Args:
         kept: (B, n) int64, distinct patch indices of each image, ascending.
         grid: (rows, columns) of the patches.
+        stands_for: (B, N) int64, for each patch the kept one that stands for it, for kept ones themselves. Without, what
+            is dropped is in no group.
     """
     batch, count = kept.shape
     group = kept.new_full((batch, grid[0] * grid[1]), -1)
     group = group.scatter(1, kept, torch.arange(count, device=kept.device).expand(batch, -1))
-    return Words(group, (group >= 0).float(), kept.new_full((batch,), count), grid, count, kept)
+    weight = (group >= 0).float()
+    if stands_for is not None:
+        group = group.gather(1, stands_for)
+    return Words(group, weight, kept.new_full((batch,), count), grid, count, kept)
 
 
 def keep_all(batch: int, grid: tuple[int, int], device: torch.device) -> Words:
@@ -167,7 +176,7 @@ def fill(words: Words) -> Words:
     place = torch.cartesian_prod(*(torch.arange(n, device=dropped.device) for n in (rows, columns)))
     distance = (place[:, None] - place[None]).square().sum(-1)  # (N, N)
     if words.kept is not None:
-        group = distance[words.kept].argmin(1)  # token i is the patch kept[i]
+        group = torch.where(dropped, distance[words.kept].argmin(1), words.group)  # token i is the patch kept[i]
     else:
         far = rows * rows + columns * columns
         nearest = torch.stack([(distance + far * image).argmin(1) for image in dropped])
