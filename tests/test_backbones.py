@@ -42,6 +42,9 @@ OPTIONS = {
     "dynamic_img_size": {"dynamic_img_size": True, "image": (96, 48)},
     "dynamic_img_pad": {"dynamic_img_size": True, "dynamic_img_pad": True, "image": (50, 70)},
     "no_head": {"num_classes": 0},
+    "map": {"global_pool": "map"},
+    "map_with_prefix": {"global_pool": "map", "class_token": False, "reg_tokens": 2, "pool_include_prefix": True},
+    "prr": {"global_pool": "prr"},
     "no_square": {"img_size": (48, 96), "image": (48, 96)},
     "patch_8": {"patch_size": 8},
     "patch_14": {"patch_size": 14, "img_size": 70, "image": (70, 70)},
@@ -161,29 +164,46 @@ def test_pooling_in_half_precision(pool, dtype):
 # -- refused models ----------------------------------------------------------------------------------------------------
 
 
-class Subclass(VisionTransformer):
-    """It may have another forward pass."""
+META = torch.device("meta")
+
+
+def make_on_meta(name):
+    with META:
+        return timm.create_model(name)
 
 
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "model"),
     [
-        ("SwinTransformer", partial(timm.create_model, "swin_tiny_patch4_window7_224", embed_dim=24)),
-        ("ConvNeXt", partial(timm.create_model, "test_convnext")),
-        ("Eva", partial(timm.create_model, "vit_small_patch16_rope_224", **ARGUMENTS)),
-        ("Sequential", lambda: nn.Sequential(make_model())),
-        ("Subclass", partial(Subclass, **ARGUMENTS)),
+        ("SwinTransformer", "swin_tiny_patch4_window7_224"),
+        ("Hiera", "hiera_tiny_224"),
+        ("ConvNeXt", "test_convnext"),
+        ("ByobNet", "mobilevit_xs"),
+        ("ResNet", "test_resnet"),
+        ("Cait", "cait_xxs24_224"),
     ],
 )
-def test_other_classes_are_refused_by_name(name, make):
-    with pytest.raises(ModelError, match=rf"\.{name} is not supported.*VisionTransformer.*VisionTransformerDistilled"):
-        Backbone(make())
+def test_other_classes_are_refused_by_name(name, model):
+    message = rf"\.{name} is not supported: it is of no family .*VisionTransformer, Eva, Beit, NaFlexVit"
+    with pytest.raises(ModelError, match=message):
+        Backbone(make_on_meta(model))
 
 
-@pytest.mark.parametrize("pool", ["map", "prr"])
-def test_attention_pooling_is_refused(pool):
-    with pytest.raises(ModelError, match=r"pools by attention.*'token', 'avg'"):
-        Backbone(make_model(global_pool=pool))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nn.Sequential, r"Sequential is not supported: it only holds models; wrap the Vision Transformer inside it"),
+        (nn.DataParallel, r"DataParallel is not supported: it only holds models"),
+        (
+            partial(torch.compile, backend="eager"),
+            r"OptimizedModule .*compiled; wrap it first, and compile the wrapper",
+        ),
+        (torch.jit.script, r"RecursiveScriptModule .*scripted or traced; wrap it first"),
+    ],
+)
+def test_what_holds_a_model_is_refused(small_vit, make, message):
+    with pytest.raises(ModelError, match=message):
+        VWTokenizer(make(small_vit), IntraImage(0.5))
 
 
 def test_another_patch_embedding_is_refused_by_name():

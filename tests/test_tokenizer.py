@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import timm
@@ -152,7 +153,7 @@ def test_the_images_are_not_changed(fast, images):
 class EveryOther(nn.Module):
     """A strategy of the user's own: every other patch makes one token with the patch before it."""
 
-    space, fixed_count = "embedding", False
+    space, fixed_count, proportion = "embedding", False, 0.0
 
     def bind(self, spec):
         return self
@@ -220,7 +221,7 @@ def test_an_unknown_attribute(fast):
     assert not hasattr(fast, "no_such_thing")
 
 
-@pytest.mark.parametrize("name", ["forward_intermediates", "get_intermediate_layers"])
+@pytest.mark.parametrize("name", ["prune_intermediate_layers", "get_intermediate_layers"])
 def test_methods_that_know_nothing_of_reduced_tokens_are_refused(fast, name):
     with pytest.raises(AttributeError, match=rf"knows nothing of reduced tokens; .* call it as \.model\.{name}"):
         getattr(fast, name)
@@ -534,6 +535,7 @@ def test_reducing_no_images(images, schedule):
 
 
 @torch.inference_mode()
+@pytest.mark.filterwarnings("ignore:PruningSchedule.* removed none of the tokens")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_images_that_are_one_word_have_nothing_to_lose(images, schedule):
     """A batch of them is dense: as many tokens for each image, though too few."""
@@ -667,3 +669,44 @@ def test_a_schedule_for_more_tokens_than_some_images_have(small_vit, images, nam
     packed, _ = fast.forward_features(images, unmerge=False)
     assert packed.lengths == (1 + 30, 1 + 11, 1 + 2, 1 + 2)
     torch.testing.assert_close(fast(images), torch.cat([fast(image[None]) for image in images]), **CLOSE)
+
+
+# -- what removes nothing says so --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("make", "schedule", "what"),
+    [
+        (lambda model: IntraImage(0.0), {}, "IntraImage removed none of the tokens of the first 4 images .100 patches"),
+        (lambda model: make_inter(model, "pixel", 0.0), {}, "InterImage removed none"),
+    ],
+)
+def test_a_strategy_that_removes_nothing_warns_once(small_vit, make, schedule, what):
+    images = torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(5))
+    fast = VWTokenizer(small_vit, make(small_vit), PruningSchedule(schedule))
+    with pytest.warns(UserWarning, match=what):
+        fast(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(images)
+
+
+@torch.inference_mode()
+def test_a_schedule_that_removes_nothing_warns_once(small_vit, images):
+    blank = images[:2, :, :16, :16].repeat(1, 1, 10, 10)
+    fast = VWTokenizer(small_vit, make_inter(small_vit, "pixel"), PruningSchedule({1: 30}))
+    with pytest.warns(UserWarning, match=r"PruningSchedule\(\{1: Prune\(30\)\}\) removed none"):
+        fast(blank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(blank)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["none", "intra", "inter_pixel"])
+def test_what_removes_something_does_not_warn(small_vit, images, name):
+    schedule = {} if name == "none" else {1: 5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        VWTokenizer(small_vit, STRATEGIES[name](small_vit), PruningSchedule(schedule))(images)

@@ -1,89 +1,71 @@
-"""What is needed of a timm model: embed, blocks, head."""
+"""What is needed of a model: embed, blocks, head."""
 
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchDropout, PatchEmbed
 from timm.models import checkpoint_seq
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vwt.errors import ImageError, ModelError, first_line
-from vwt.packing import Packed, packable, run_blocks, unpack
-from vwt.patches import embed
+from vwt.checking import check_parts
+from vwt.errors import ImageError, ModelError
+from vwt.families import Embedded, family_of
+from vwt.models import create_model as create_model
+from vwt.packing import Beside, Packed, pack, packable, run_blocks, unpack
+from vwt.positions import Places, grid_places, place_words
 from vwt.pruning import Half, Reduction, Step, follow, reduce_between
-from vwt.words import Words, fill, keep_all
+from vwt.words import Words, fill, keep_all, merge
 
-# By exact class: a subclass may have another forward pass, and the result would be silently wrong.
-SUPPORTED: tuple[type[nn.Module], ...] = (VisionTransformer, VisionTransformerDistilled)
 NOTHING: Mapping[int, Reduction] = MappingProxyType({})
-_POOLS = ("", "token", "avg", "max", "avgmax")
 
 
 class Backbone:
-    """The parts of a timm VisionTransformer, called one by one; the model itself is not changed.
+    """The parts of a model, called one by one; the model itself is not changed.
 
     Args:
-        model: a `VisionTransformer` or `VisionTransformerDistilled` with class-token, average or maximum pooling.
+        model: of one of `vwt.families.FAMILIES`.
+        check: compare the parts with the model on one random image (see `vwt.checking.check_parts`).
 
     Raises:
-        ModelError: for any other model.
+        ModelError: for any other model, or one of another forward pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        if type(model) not in SUPPORTED:
-            names = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in SUPPORTED)
-            raise ModelError(f"{type(model).__module__}.{type(model).__name__} is not supported; supported are {names}")
-        if type(model.patch_embed) is not PatchEmbed:
-            raise ModelError(
-                f"this {type(model).__name__} makes its patches with {type(model.patch_embed).__name__}, which is not "
-                f"supported; supported is {PatchEmbed.__module__}.{PatchEmbed.__name__}"
-            )
-        pool = model.global_pool if getattr(model, "attn_pool", None) is None else "map"
-        if pool not in _POOLS:
-            raise ModelError(
-                f"this {type(model).__name__} pools by attention (global_pool={pool!r}), which is not supported; "
-                f"supported are {', '.join(repr(p) for p in _POOLS)}"
-            )
+    def __init__(self, model: nn.Module, *, check: bool = True) -> None:
+        self.family = family_of(model)
         self.model: Any = model
+        if check:
+            check_parts(self)
 
     @property
     def prefix(self) -> int:
         """Number of prefix tokens: class, distillation and register tokens."""
-        return int(self.model.num_prefix_tokens)
+        return self.family.prefix
 
     @property
     def blocks(self) -> list[Any]:
         """The transformer blocks, in order."""
-        return list(self.model.blocks)
+        return list(self.family.blocks)
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self.model.blocks)
+        return len(self.family.blocks)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the model was made for."""
-        patch_embed = self.model.patch_embed
-        size = patch_embed.img_size or self.model.pretrained_cfg["input_size"][1:]
-        return (patch_embed.proj.in_channels, *size)
+        return self.family.input_shape
 
     @property
     def patches(self) -> int:
         """Patches of such an image."""
-        rows, columns = self.model.patch_embed.dynamic_feat_size(self.input_shape[1:])
-        return int(rows * columns)
+        rows, columns = self.family.grid(self.input_shape[1:])
+        return rows * columns
+
+    # -- what enters the blocks ----------------------------------------------------------------------------------------
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Images (B, C, H, W) to what the blocks will see, before anything is reduced.
@@ -92,14 +74,47 @@ class Backbone:
             The patch projection's output (B, N, D) without position, the tokens (B, P + N, D) with prefix tokens and
             position, and the grid (rows, columns) of the N patches.
         """
-        output, grid = embed(self.model.patch_embed, images)
-        return output.flatten(1, -2), self.model._pos_embed(output), grid
+        embedded = self.family.embed(images)
+        return embedded.project(), embedded.tokens, embedded.grid
 
     def pack_all(self, images: Tensor) -> tuple[Packed, Words]:
         """Images (B, C, H, W) to all their tokens, before anything is reduced."""
-        _, tokens, grid = self.embed(images)
-        packed = Packed(tokens.flatten(0, 1), (tokens.shape[1],) * len(tokens))
-        return packed, keep_all(len(images), grid, images.device)
+        embedded = self.family.embed(images)
+        tokens, lengths = embedded.tokens, (embedded.tokens.shape[1],) * len(images)
+        places = Places(embedded.grid, self.prefix, lengths, embedded.rotary) if self.family.asks_for_places else None
+        packed = Packed(tokens.flatten(0, 1), lengths, places=places)
+        return packed, keep_all(len(images), embedded.grid, images.device)
+
+    def pack(self, embedded: Embedded, words: Words, sizes: Tensor | None = None, proportion: float = 0.0) -> Packed:
+        """Tokens of images to those of their words, prefix tokens first.
+
+        Args:
+            embedded: the images.
+            words: which of their patches make which token.
+            sizes: (T,) float32, patches in each token; None where all are 1.
+            proportion: attention counts a token as size ** proportion.
+
+        Raises:
+            ModelError: where the model needs a place of the grid for each token, and a word has several.
+        """
+        tokens, prefix = embedded.tokens, self.prefix
+        places = self._place(embedded, words) if self.family.asks_for_places else None
+        return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes, places, proportion)
+
+    def _place(self, embedded: Embedded, words: Words) -> tuple[Places, Tensor]:
+        whole = words.kept is not None
+        if not self.family.moves_places and not whole and not bool((words.weight % 1 == 0).all()):
+            raise self._needs_places("this strategy makes one token of several patches; keep members (IntraImage)")
+        every = Places(words.grid, self.prefix, (), embedded.rotary, whole=whole or not self.family.moves_places)
+        if words.kept is not None:
+            return every, grid_places(words.grid, words.kept.device)[words.kept.flatten()]
+        return every, place_words(words)
+
+    def _needs_places(self, why: str) -> ModelError:
+        return ModelError(
+            f"{type(self.model).__name__} adds a bias for the relative position of each two patches, and a token of "
+            f"several patches has no single position: {why}"
+        )
 
     def check(self, images: Tensor) -> None:
         """Raise ImageError, saying what to do, unless the model takes these images."""
@@ -107,14 +122,13 @@ class Backbone:
             raise ImageError(
                 f"images are {type(images).__name__}; expected a torch.Tensor (batch, channels, height, width)"
             )
-        patch_embed = self.model.patch_embed
-        channels = patch_embed.proj.in_channels
+        channels = self.family.channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ImageError(
                 f"images have shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
                 + ("; add a batch dimension with images[None]" if images.ndim == 3 else "")
             )
-        weight = patch_embed.proj.weight
+        weight = self.family.projection.weight
         if images.device != weight.device:
             raise ImageError(f"images are on {images.device}, the model is on {weight.device}; move one with .to()")
         autocast = torch.is_autocast_enabled(images.device.type)
@@ -123,27 +137,23 @@ class Backbone:
                 f"images are {images.dtype}, the model is {weight.dtype}; "
                 + ("cast one to the other" if images.is_floating_point() else "scale and normalise them for the model")
             )
-        size, expected, patch = tuple(images.shape[2:]), patch_embed.img_size, patch_embed.patch_size
-        if expected is not None and patch_embed.strict_img_size and size != tuple(expected):
-            raise ImageError(
-                f"images are {size[0]}x{size[1]}, the model takes {expected[0]}x{expected[1]}; resize them, or create "
-                f"the model with img_size={size} or dynamic_img_size=True"
-            )
-        padded = patch_embed.strict_img_size or patch_embed.dynamic_img_pad
-        if expected is not None and not padded and (size[0] % patch[0] or size[1] % patch[1]):
-            raise ImageError(
-                f"images are {size[0]}x{size[1]}, no multiple of the patch {patch[0]}x{patch[1]}; resize them"
-            )
+        self.family.check_size((images.shape[2], images.shape[3]))
 
     def check_reducible(self) -> None:
         """Raise ModelError if the model itself drops patches at random, as it does in training with patch dropout."""
-        if self.model.training and isinstance(self.model.patch_drop, PatchDropout):
+        if self.family.drops_patches:
             raise ModelError("the model drops patches itself (patch_drop_rate) in train mode; call .eval() first")
+
+    def check_reductions(self, reductions: Mapping[int, Reduction]) -> None:
+        """Raise ModelError if the blocks cannot make fewer tokens of theirs."""
+        if reductions and not self.family.moves_places:
+            raise self._needs_places("leave the schedule empty")
+
+    # -- the blocks ----------------------------------------------------------------------------------------------------
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, n, D) through the norm before the blocks, the blocks and the norm after them."""
-        tokens = self.model.norm_pre(self.model.patch_drop(tokens))
-        return self.model.norm(self._run(self.blocks, tokens))
+        return self.family.norm_after(self._run(self.blocks, self.family.norm_before(tokens), None))
 
     def encode_packed(self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING) -> tuple[Packed, list[Step]]:
         """The same for packed sequences of any number of tokens; every image as if alone.
@@ -160,11 +170,11 @@ class Backbone:
 
     def enter(self, packed: Packed) -> Packed:
         """Tokens through the norm before the blocks."""
-        return packed.replace(self.model.norm_pre(packed.values))
+        return packed.replace(self.family.norm_before(packed.values))
 
     def leave(self, packed: Packed) -> Packed:
         """Tokens through the norm after the blocks."""
-        return packed.replace(self.model.norm(packed.values))
+        return packed.replace(self.family.norm_after(packed.values))
 
     def run(
         self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING, start: int = 0, stop: int | None = None
@@ -174,6 +184,7 @@ class Backbone:
         blocks = self.blocks[:stop]
         if not packed.lengths:
             return packed, steps
+        self.check_reductions(reductions)
         crossing = self._crossing(packed)
         for index in sorted(index for index in reductions if start <= index < len(blocks)):
             packed = run_blocks(partial(self._run, blocks[start:index]), packed, crossing=crossing)
@@ -186,47 +197,32 @@ class Backbone:
     def _crossing(self, packed: Packed) -> bool:
         """Whether images of different lengths have to run one after another."""
         # Checkpointed blocks run again in the backward pass, when nothing answers their attention image by image.
-        recomputed = self.model.grad_checkpointing and torch.is_grad_enabled()
-        return not packed.is_dense and (recomputed or not packable(self.model.blocks))
+        recomputed = self.family.checkpoints and torch.is_grad_enabled()
+        return not packed.is_dense and (recomputed or not packable(self.family.blocks))
 
-    def _run(self, blocks: list[Any], tokens: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Tokens (B, n, D) through blocks, with what is added to the attention logits (B, 1, 1, n)."""
-        if bias is not None:
-            blocks = [partial(block, attn_mask=bias) for block in blocks]
-        if self.model.grad_checkpointing and blocks:
-            return checkpoint_seq(blocks, tokens)
-        for block in blocks:
-            tokens = block(tokens)
+    def _run(self, blocks: list[Any], tokens: Tensor, beside: Beside | None) -> Tensor:
+        """Tokens (B, n, D) through blocks, with what these are given beside them."""
+        calls = self.family.calls(blocks, beside)
+        if self.family.checkpoints and blocks:
+            return checkpoint_seq(calls, tokens)
+        for call in calls:
+            tokens = call(tokens)
         return tokens
 
-    @staticmethod
-    def halves(block: Any) -> tuple[Half, Half]:
+    def halves(self, block: Any) -> tuple[Half, Half]:
         """A block up to what follows its attention, and the rest of it."""
+        return self.family.halves(block)
 
-        def attention(tokens: Tensor, bias: Tensor | None) -> Tensor:
-            if isinstance(block, ResPostBlock):
-                return tokens + block.drop_path1(block.norm1(block.attn(tokens, attn_mask=bias)))
-            if isinstance(block, Block):
-                return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens), attn_mask=bias)))
-            return block(tokens, attn_mask=bias)  # attention and MLP side by side: what follows both
-
-        def mlp(tokens: Tensor, bias: Tensor | None) -> Tensor:
-            if isinstance(block, ResPostBlock):
-                return tokens + block.drop_path2(block.norm2(block.mlp(tokens)))
-            if isinstance(block, Block):
-                return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-            return tokens
-
-        return attention, mlp
+    # -- what leaves them ----------------------------------------------------------------------------------------------
 
     @property
     def reads_prefix_only(self) -> bool:
         """Whether the head looks at prefix tokens only."""
-        return bool(self.model.global_pool == "token")
+        return self.family.pool == "token"
 
     def answer(
         self, packed: Packed, words: Words, reductions: Mapping[int, Reduction] = NOTHING, start: int = 0
-    ) -> Tensor:
+    ) -> Any:
         """Tokens that enter block `start` to the model's output.
 
         Where the head reads the prefix tokens only, nothing else goes through the last MLP, and what is scheduled for
@@ -239,7 +235,7 @@ class Backbone:
         packed, _ = self.run(packed, reductions, start, last)
         attention, mlp = self.halves(self.blocks[last])
         prefix, _ = unpack(run_blocks(attention, packed, crossing=self._crossing(packed)), self.prefix)
-        return self.model.forward_head(self.model.norm(mlp(prefix, None)))
+        return self.family.head(self.family.norm_after(mlp(prefix, None)))
 
     def full(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
         """Encoded tokens to the full grid (B, P + N, C): every patch takes the value of its token.
@@ -252,17 +248,18 @@ class Backbone:
         prefix, merged = unpack(packed, self.prefix)
         return torch.cat([prefix, merged[follow(fill(words), steps).rows]], dim=1)
 
-    def head(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
+    def head(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Any:
         """Encoded tokens (see `full`) to the model's output, each weighed by the patches that it stands for.
 
-        The head is the model's own: it pools over one token that already is the pool of all.
+        The head is the model's own: it pools over one token that already is the pool of all. Where it attends the
+        patches, or returns them, it gets them on the full grid.
         """
-        model = self.model
-        if model.global_pool == "":
-            return model.forward_head(self.full(packed, words, steps))
+        pool = self.family.pool
+        if not pool:
+            return self.family.head(self.full(packed, words, steps))
         prefix, _ = unpack(packed, self.prefix)
         if self.reads_prefix_only:
-            return model.forward_head(prefix)
+            return self.family.head(prefix)
         words = follow(fill(words), steps)
         sizes = words.sizes
         if packed.is_dense:
@@ -270,10 +267,10 @@ class Backbone:
         else:
             runs = zip(packed.split(), sizes.split(list(words.lengths)), strict=True)
             images = [(tokens[None], size[None]) for tokens, size in runs]
-        skipped = 0 if model.pool_include_prefix else self.prefix
-        pooled = torch.cat([_pool(tokens, size, self.prefix, skipped, model.global_pool) for tokens, size in images])
+        skipped = 0 if self.family.pools_prefix else self.prefix
+        pooled = torch.cat([_pool(tokens, size, self.prefix, skipped, pool) for tokens, size in images])
         pooled = pooled[:, None].to(packed.values.dtype)
-        return model.forward_head(torch.cat([prefix[:, :skipped], pooled], dim=1))
+        return self.family.head(torch.cat([prefix[:, :skipped], pooled], dim=1))
 
 
 def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -> Tensor:
@@ -285,48 +282,3 @@ def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -
         return mean
     most = tokens.amax(1)
     return most if kind == "max" else 0.5 * (most + mean)
-
-
-def create_model(name: str, checkpoint: str | os.PathLike[str] | None = None, *, weights: bool = True) -> nn.Module:
-    """A timm model in eval mode, with its pretrained weights or those of a checkpoint file.
-
-    Args:
-        name: as `timm.create_model` takes it.
-        checkpoint: a file of weights; None fetches the pretrained ones from the hub, or its cache.
-        weights: False for random weights where none are needed.
-
-    Raises:
-        ModelError: if the model is unknown, or its weights are out of reach.
-    """
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise ModelError(f"no checkpoint file at {checkpoint}")
-    try:
-        with _quiet("huggingface_hub", "timm"):  # which log each attempt; what went wrong is said below
-            if checkpoint is not None:
-                return timm.create_model(name, checkpoint_path=os.fspath(checkpoint)).eval()
-            return timm.create_model(name, pretrained=weights).eval()
-    # timm, huggingface_hub, safetensors and torch each raise errors of their own.
-    except Exception as error:
-        detail = first_line(error)
-        if not timm.is_model(name.split("/")[-1].split(".")[0]) and "/" not in name:
-            raise ModelError(f"timm {timm.__version__} has no model {name!r}; see timm.list_models()") from error
-        if checkpoint is not None:
-            raise ModelError(f"{checkpoint} holds no weights for {name}: {detail}") from error
-        raise ModelError(
-            f"no pretrained weights for {name}: {detail} Give a file of weights (--checkpoint), or see that the hub "
-            "is in reach"
-        ) from error
-
-
-@contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-    """Hold back the warnings of other libraries' loggers."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

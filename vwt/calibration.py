@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError
-from vwt.packing import Packed
+from vwt.packing import Packed, run_blocks
 from vwt.patches import PatchSpec, normalise
 from vwt.pruning import Reduction
 from vwt.strategies import Strategy
@@ -192,15 +192,13 @@ class Calibration:
             own = slice(index * BATCH, index * BATCH + len(full))
             target = full.argmax(-1) if labels is None else labels[own].to(full.device)
             packed, _ = self.backbone.run(self._batch(index).entering[0], stop=block)
-            tokens = attention(packed.dense(), None)
-            order = (
-                torch.rand(len(tokens), most - prefix, generator=generator).argsort(dim=1).to(tokens.device) + prefix
-            )
+            packed = run_blocks(attention, packed)
+            order = torch.rand(len(full), most - prefix, generator=generator).argsort(dim=1) + prefix
             for count in counts:
-                chosen = order[:, : count - prefix].sort(dim=1).values.to(tokens.device)
-                patches = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
-                left = mlp(torch.cat([tokens[:, :prefix], patches], dim=1), None)
-                packed, _ = self.backbone.run(Packed(left.flatten(0, 1), (count,) * len(left)), start=block + 1)
-                logits = self.backbone.model.forward_head(self.backbone.leave(packed).dense())
+                chosen = F.pad(order[:, : count - prefix].sort(dim=1).values, (prefix, 0))
+                chosen[:, :prefix] = torch.arange(prefix)
+                left = run_blocks(mlp, packed.take(chosen.to(full.device)))
+                packed_left, _ = self.backbone.run(left, start=block + 1)
+                logits = self.backbone.model.forward_head(self.backbone.leave(packed_left).dense())
                 right[count].append(logits.argmax(-1) == target)
         return {count: float(torch.cat(flags).float().mean()) for count, flags in right.items()}

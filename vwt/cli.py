@@ -25,6 +25,7 @@ from vwt.profile import POINTS, RUNS, LatencyProfile
 from vwt.schedule import PruningSchedule
 from vwt.sensors import POWERCAP
 from vwt.strategies import InterImage, IntraImage, Neighbours, Strategy
+from vwt.support import find_support, list_families
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning import tune
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     _add_show(commands)
     _add_env(commands)
+    _add_models(commands)
     return parser
 
 
@@ -177,6 +179,21 @@ def _add_env(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _env(arguments: argparse.Namespace) -> int:
     print(environment_report(arguments.powercap))
     return 0
+
+
+def _add_models(commands: "argparse._SubParsersAction[Parser]") -> None:
+    models = commands.add_parser("models", help="list the families of models, or say whether a model is supported")
+    models.add_argument("names", nargs="*", metavar="NAME", help="of a timm model")
+    models.set_defaults(run=_models, if_interrupted="")
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    if not arguments.names:
+        print(list_families())
+    found = [find_support(name) for name in arguments.names]
+    for support in found:
+        print(support)
+    return 0 if all(support.reason is None for support in found) else 1
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vwt.positions import PREFIX, Places, gather_bias
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
@@ -30,7 +32,8 @@ class Packed:
         lengths: tokens of each image, prefix tokens included; they sum to T.
         sizes: (T,) float32, patches that each token stands for; None where all are 1.
         counted: (T,) float32, how often attention counts each token as a key; None where all are 1.
-        counts_itself: whether a token does so when it attends to itself.
+        places: where the tokens are, for models whose attention asks for it; else None.
+        counts_itself: whether a token is counted so by itself too.
         is_dense: whether all images have as many tokens.
     """
 
@@ -38,6 +41,7 @@ class Packed:
     lengths: tuple[int, ...]
     sizes: Tensor | None = None
     counted: Tensor | None = None
+    places: Places | None = None
     counts_itself: bool = True
     is_dense: bool = field(init=False)
 
@@ -60,7 +64,16 @@ class Packed:
 
     def replace(self, values: Tensor) -> "Packed":
         """Other values of the same tokens."""
-        return Packed(values, self.lengths, self.sizes, self.counted, self.counts_itself)
+        return Packed(values, self.lengths, self.sizes, self.counted, self.places, self.counts_itself)
+
+    def take(self, index: Tensor) -> "Packed":
+        """Some tokens (b, k) int64 of each image, where all images have as many; prefix tokens must be among them."""
+        count = len(self.values) // max(len(self.lengths), 1)
+        flat = (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()
+        lengths = (index.shape[1],) * len(index)
+        sizes, counted = (None if value is None else value[flat] for value in (self.sizes, self.counted))
+        places = self.places and self.places.replace(self.places.rows[flat], lengths, whole=self.places.whole)
+        return Packed(self.values[flat], lengths, sizes, counted, places, self.counts_itself)
 
     def runs(self, values: Tensor) -> list[Tensor]:
         """What belongs to the tokens (T, ...) as dense tensors (b, n, ...): one of all images, or one for each."""
@@ -70,7 +83,12 @@ class Packed:
 
 
 def pack(
-    prefix: Tensor, merged: Tensor, counts: tuple[int, ...], sizes: Tensor | None = None, proportion: float = 0.0
+    prefix: Tensor,
+    merged: Tensor,
+    counts: tuple[int, ...],
+    sizes: Tensor | None = None,
+    places: tuple[Places, Tensor] | None = None,
+    proportion: float = 0.0,
 ) -> Packed:
     """Put prefix tokens (B, P, C) before each image's run of merged tokens (T, C).
 
@@ -79,13 +97,20 @@ def pack(
         merged: tokens image after image, as `vwt.words.merge` gives them.
         counts: tokens of each image, which sum to T.
         sizes: (T,) float32, patches in each merged token; None where all are 1.
+        places: of all patches, and (T, 2) float32 where each merged token is.
         proportion: p; attention counts a token as size ** p, but once when a token attends to itself.
     """
     lengths = tuple(prefix.shape[1] + n for n in counts)
     if sizes is not None:
         sizes = _join(sizes.new_ones(*prefix.shape[:2], 1), sizes[:, None], counts)[:, 0]
     counted = sizes**proportion if proportion and sizes is not None else None
-    return Packed(_join(prefix, merged, counts), lengths, sizes, counted, counts_itself=counted is None)
+    moved = None
+    if places is not None:
+        every, at = places
+        moved = every.replace(
+            _join(at.new_full((*prefix.shape[:2], 2), PREFIX), at, counts), lengths, whole=every.whole
+        )
+    return Packed(_join(prefix, merged, counts), lengths, sizes, counted, moved, counts_itself=counted is None)
 
 
 def _join(prefix: Tensor, merged: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -104,21 +129,36 @@ def unpack(packed: Packed, prefix: int) -> tuple[Tensor, Tensor]:
     return torch.stack([run[:prefix] for run in runs]), torch.cat([run[prefix:] for run in runs])
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What blocks are given beside tokens (b, n, C).
+
+    Attributes:
+        bias: (b, 1, 1, n), added to the attention logits; None for nothing.
+        rotary: the tokens' rotary embedding (see `Places`); None where they have none.
+    """
+
+    bias: Tensor | None = None
+    rotary: Tensor | None = None
+
+
+def fuses(block: nn.Module) -> bool:
+    """Whether all attention in a block is fused, as far as is known of it."""
+    flags = [module.fused_attn for module in block.modules() if hasattr(module, "fused_attn")]
+    return bool(flags) and all(flags)
+
+
 def packable(blocks: nn.Module) -> bool:
     """Whether a sequence of blocks can run on packed images.
 
     Not in train mode, where stochastic depth draws for each image, and not with attention that is unfused or of an
     unknown kind, which cannot be told where an image ends.
     """
-    return not blocks.training and all(
-        {getattr(module, "fused_attn", None) for module in block.modules()} <= {None, True}
-        and any(hasattr(module, "fused_attn") for module in block.modules())
-        for block in blocks.children()
-    )
+    return not blocks.training and all(fuses(block) for block in blocks.children())
 
 
 def run_blocks(
-    blocks: Callable[[Tensor, Tensor | None], Tensor],
+    blocks: Callable[[Tensor, Beside | None], Tensor],
     packed: Packed,
     *,
     crossing: bool = False,
@@ -127,23 +167,32 @@ def run_blocks(
     """Run transformer blocks on packed sequences, each image as if alone.
 
     Args:
-        blocks: from tokens (B, n, C), and what is added to the attention logits (B, 1, 1, n) or None, to tokens of the
-            same shape.
+        blocks: from tokens (b, n, C), and what they are given beside them, to tokens of the same shape.
         packed: the sequences.
         crossing: the blocks are not `packable`; images of different lengths run one after another.
         attend: called in the place of F.scaled_dot_product_attention, once for each of `packed.runs`.
     """
-    runs, bias = packed.runs(packed.values), _biases(packed)
-    if len(runs) > 1 and not crossing:
-        with _Attention(attend or F.scaled_dot_product_attention, packed, bias):
-            return packed.replace(blocks(packed.values[None], None)[0])
-    with nullcontext() if attend is None else _Attention(attend):
-        outputs = [blocks(run, extra) for run, extra in zip(runs, bias, strict=True)]
-    values = [output.flatten(0, 1) for output in outputs]
-    return packed.replace(values[0] if len(values) == 1 else torch.cat(values))
+    runs = packed.runs(packed.values)
+    together = len(runs) > 1 and not crossing
+    biases, chosen, rotary = _biases(packed), _chosen(packed), _rotary(packed, together)
+    if together:
+        attends = [_adjust(attend, *each) for each in zip(biases, chosen, strict=True)]
+        with _Attention(attends, packed):
+            return packed.replace(blocks(packed.values[None], _beside(None, rotary[0]))[0])
+    outputs = []
+    for run, bias, index, turn in zip(runs, biases, chosen, rotary, strict=True):
+        answer = attend if index is None else _adjust(attend, bias, index)
+        # No mode where none is needed: it costs time in every operation of the blocks.
+        with nullcontext() if answer is None else _Attention([answer]):
+            outputs.append(blocks(run, _beside(bias if index is None else None, turn)).flatten(0, 1))
+    return packed.replace(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
-def _biases(packed: Packed) -> list[Tensor | None]:
+def _beside(bias: Tensor | None, rotary: Tensor | None) -> Beside | None:
+    return None if bias is None and rotary is None else Beside(bias, rotary)
+
+
+def _biases(packed: Packed) -> Sequence[Tensor | None]:
     """What is added to the attention logits of each of the runs, (b, 1, 1 or n, n) or None."""
     if packed.counted is None:
         return [None] * (1 if packed.is_dense else len(packed.lengths))
@@ -158,6 +207,53 @@ def _without_diagonal(bias: Tensor) -> Tensor:
     return square
 
 
+def _chosen(packed: Packed) -> Sequence[Tensor | None]:
+    """Rows (b, n) of each of the runs in the blocks' own bias, which is that of all patches; None to take it as it is.
+
+    Blocks with a bias for relative positions make it themselves, so that it is picked when they attend.
+    """
+    places = packed.places
+    if places is None or places.table is not None or places.at is None:
+        return [None] * (1 if packed.is_dense else len(packed.lengths))
+    return packed.runs(places.index)
+
+
+def _rotary(packed: Packed, together: bool) -> Sequence[Tensor | None]:
+    """Rotary embedding of each of the runs, or the one of all together; None where there is none."""
+    places = packed.places
+    if places is None or places.table is None:
+        return [None] * (1 if packed.is_dense else len(packed.lengths))
+    if packed.is_dense:
+        return [places.dense]
+    return [places.together] if together else places.apart
+
+
+def _adjust(
+    attend: Callable[..., Tensor] | None, bias: Tensor | None, chosen: Tensor | None
+) -> Callable[..., Tensor] | None:
+    """Attention over one run that adds a bias (b, 1, 1, n), and picks chosen tokens (b, n) of the mask it is given."""
+    if bias is None and chosen is None:
+        return attend
+    answer = attend or F.scaled_dot_product_attention
+
+    def adjusted(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        if chosen is not None and attn_mask is not None:
+            attn_mask = gather_bias(attn_mask, chosen)
+        if bias is not None:
+            attn_mask = bias if attn_mask is None else attn_mask + bias
+        return answer(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **options)
+
+    return adjusted
+
+
 class _Attention(TorchFunctionMode):
     """Answers fused attention in another way.
 
@@ -165,16 +261,13 @@ class _Attention(TorchFunctionMode):
     precision, one call of variable-length attention.
 
     Args:
-        attend: what answers; called like F.scaled_dot_product_attention.
+        attends: what answers for each run, called like F.scaled_dot_product_attention; None for that itself.
         packed: the sequence, if there is one of images of different lengths.
-        bias: for each image of the sequence, (1, 1, 1, n) that is added to the attention logits, or None.
     """
 
-    def __init__(
-        self, attend: Callable[..., Tensor], packed: Packed | None = None, bias: Sequence[Tensor | None] = ()
-    ) -> None:
+    def __init__(self, attends: Sequence[Callable[..., Tensor] | None], packed: Packed | None = None) -> None:
         super().__init__()
-        self.attend, self.packed, self.bias = attend, packed, bias
+        self.attends, self.packed = attends, packed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -182,20 +275,20 @@ class _Attention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         if self.packed is None:
-            return self.attend(*args, **(kwargs or {}))
+            return (self.attends[0] or func)(*args, **(kwargs or {}))
         return self._attend_packed(self.packed, *args, **(kwargs or {}))
 
     def _attend_packed(
         self, packed: Packed, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
     ) -> Tensor:
-        options = [*rest, *kwargs.values(), *self.bias]
-        if self.attend is F.scaled_dot_product_attention and _varlen_takes(query, key, value, options):
+        plain = all(attend is None for attend in self.attends)
+        if plain and _varlen_takes(query, key, value, [*rest, *kwargs.values()]):
             return self._varlen(packed, query, key, value)
-        runs = zip(*(t.split(list(packed.lengths), dim=-2) for t in (query, key, value)), self.bias, strict=True)
+        runs = zip(self.attends, *(t.split(list(packed.lengths), dim=-2) for t in (query, key, value)), strict=True)
         # Joined in the memory order of tokens, heads last, which is what blocks make of it next.
         outputs = [
-            self.attend(q, k, v, *rest, **(kwargs if bias is None else {**kwargs, "attn_mask": bias})).transpose(-3, -2)
-            for q, k, v, bias in runs
+            (attend or F.scaled_dot_product_attention)(q, k, v, *rest, **kwargs).transpose(-3, -2)
+            for attend, q, k, v in runs
         ]
         return torch.cat(outputs, dim=-3).transpose(-3, -2)
 

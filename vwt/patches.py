@@ -6,7 +6,7 @@ Patches are in row-major order of the grid. In pixel space a patch is its normal
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class PatchSpec:
         Raises:
             ModelError: if the model has no patch embedding or no known normalisation.
         """
-        patch_embed = getattr(model, "patch_embed", None)
+        patch_embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
         if patch_embed is None or not hasattr(patch_embed, "patch_size"):
             raise ModelError(
                 f"{type(model).__name__} has no patch embedding (`patch_embed.patch_size`); "
@@ -57,13 +57,12 @@ class PatchSpec:
             )
         proj, size = getattr(patch_embed, "proj", None), patch_embed.patch_size
         patch_size = size if isinstance(size, tuple) else (size, size)
-        plain = isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride == patch_size
-        if not plain or hasattr(patch_embed, "backbone"):
+        channels = _channels(proj, patch_size)
+        if channels is None or hasattr(patch_embed, "backbone"):
             raise ModelError(
                 f"the patch projection of this {type(model).__name__} ({type(patch_embed).__name__}) is no plain "
                 "convolution over pixels, one patch a step; visual words need one, as in VisionTransformer"
             )
-        channels = proj.in_channels  # type: ignore[union-attr]
         if len(cfg["mean"]) != channels:
             raise ModelError(
                 f"this {type(model).__name__} takes {channels} channels, but its pretrained_cfg has a mean of "
@@ -77,8 +76,18 @@ class PatchSpec:
             patch_size=(int(height), int(width)),
             mean=tuple(float(m) for m in cfg["mean"]),
             std=tuple(float(s) for s in cfg["std"]),
-            projection=projection_checksums(patch_embed),
+            projection=projection_checksums(patch_embed if hasattr(model, "patch_embed") else patch_embed.proj),
         )
+
+
+def _channels(projection: Any, patch_size: tuple[int, int]) -> int | None:
+    """Channels of the pixels that a patch projection sees one patch a step; None if it does something else."""
+    if isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride == patch_size:
+        return projection.in_channels
+    pixels = patch_size[0] * patch_size[1]
+    if isinstance(projection, nn.Linear) and projection.in_features % pixels == 0:
+        return projection.in_features // pixels
+    return None
 
 
 def projection_checksums(patch_embed: nn.Module) -> dict[str, str]:

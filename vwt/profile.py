@@ -10,7 +10,7 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from vwt.backbones import NOTHING, Backbone
 from vwt.documents import load_document, save_document
 from vwt.environment import cpu_model
 from vwt.errors import ArgumentError, DocumentError, MismatchError
-from vwt.packing import Packed
+from vwt.packing import Packed, run_blocks
 from vwt.patches import PatchSpec
 from vwt.pruning import KINDS, Fuse, Merge, Reduction, patches_entering
 from vwt.timing import Calls, interleave
@@ -239,26 +239,26 @@ class _Parts:
         generator = torch.Generator().manual_seed(seed)
         self.images = torch.randn(batch_size, *self.backbone.input_shape, generator=generator).to(weight)
         with torch.inference_mode():
-            self.tokens = self.backbone.pack_all(self.images)[0].dense()
-        prefix, total = self.backbone.prefix, self.tokens.shape[1]
+            self.everything = self.backbone.pack_all(self.images)[0]
+        prefix, total = self.backbone.prefix, self.everything.lengths[0]
         least = min(prefix + 1, total)
         self.counts = sorted({round(count) for count in np.linspace(least, total, points)})
         self.schedules = _random_schedules(self.backbone.depth, total - prefix, seed)
 
     def packed(self, count: int) -> Packed:
         """The first tokens of each image."""
-        return Packed(self.tokens[:, :count].flatten(0, 1), (count,) * self.batch_size)
+        return self.everything.take(torch.arange(count, device=self.device).expand(self.batch_size, -1))
 
     def calls(self) -> dict[Any, Calls]:
         """What is timed, by its place in the profile."""
-        backbone, everything = self.backbone, self.packed(self.tokens.shape[1])
+        backbone, everything = self.backbone, self.everything
         calls: dict[Any, Callable[[], Any]] = {
             "embed": lambda: backbone.enter(backbone.pack_all(self.images)[0]),
             "head": lambda: backbone.model.forward_head(backbone.leave(everything).dense()),
         }
         for count in self.counts:
             packed = self.packed(count)
-            counted = Packed(packed.values, packed.lengths, None, torch.ones_like(packed.values[:, 0].float()))
+            counted = replace(packed, counted=torch.ones_like(packed.values[:, 0].float()))
             calls["block", count] = partial(backbone.run, packed)
             calls["attention", count] = partial(self._attention, packed)
             calls["counting", count] = partial(backbone.run, counted)
@@ -267,9 +267,8 @@ class _Parts:
         return {name: {"run": _ignoring_item(call)} for name, call in calls.items()}
 
     def _attention(self, packed: Packed) -> None:
-        values = packed.dense()
         for block in self.backbone.blocks:
-            values = self.backbone.halves(block)[0](values, None)
+            packed = run_blocks(self.backbone.halves(block)[0], packed)
 
     def _forward(self, reductions: Mapping[int, Reduction]) -> None:
         if not reductions:

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vwt.errors import ArgumentError, ModelError
-from vwt.packing import Packed, run_blocks
+from vwt.packing import Beside, Packed, run_blocks
+from vwt.positions import PREFIX, Places, regroup_places
 from vwt.words import Words, regroup
 
 Attend: TypeAlias = Callable[..., Tensor]  # called like F.scaled_dot_product_attention
-# Tokens (B, n, C) and what is added to the attention logits (B, 1, 1, n), or None, to tokens.
-Half: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+# Tokens (B, n, C), and what a block is given beside them, to tokens.
+Half: TypeAlias = Callable[[Tensor, Beside | None], Tensor]
 
 
 class Plan(Protocol):
@@ -270,7 +271,21 @@ def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
     lengths = tuple(value.shape[1] for value in values for _ in value)
     once = [count for count in new_counted if count is not None]
     counts_itself = packed.counts_itself and not isinstance(plans[0], FusePlan)
-    return Packed(_flat(values), lengths, _flat(new_sizes), _flat(once) if once else None, counts_itself)
+    places = None if packed.places is None else _move(plans, packed, packed.places, lengths)
+    counts = _flat(once) if once else None
+    return Packed(_flat(values), lengths, _flat(new_sizes), counts, places, counts_itself)
+
+
+def _move(plans: list[Plan], packed: Packed, places: Places, lengths: tuple[int, ...]) -> Places:
+    """Where the tokens of other lengths are that plans make."""
+    runs, prefix = packed.runs(places.rows), places.prefix
+    sizes = [None] * len(runs) if packed.sizes is None else packed.runs(packed.sizes)
+    moved = []
+    for index, (plan, at, size) in enumerate(zip(plans, runs, sizes, strict=True)):
+        patches = None if size is None else size[:, prefix:]
+        means = regroup_places(at[:, prefix:], patches, plan.places(), lengths[index] - prefix)
+        moved.append(F.pad(means, (0, 0, prefix, 0), value=PREFIX))
+    return places.replace(_flat(moved), lengths, whole=False)
 
 
 def _flat(runs: Sequence[Tensor]) -> Tensor:

@@ -1,18 +1,22 @@
 """VWTokenizer: a timm model that sees fewer tokens."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vwt.backbones import Backbone
 from vwt.errors import ArgumentError
-from vwt.packing import Packed, pack
+from vwt.families import Embedded
+from vwt.packing import Packed
 from vwt.patches import PatchSpec, patchify
-from vwt.pruning import follow
+from vwt.pruning import Step, follow, patches_entering
 from vwt.schedule import PruningSchedule
 from vwt.strategies import Strategy
-from vwt.words import Words, merge
+from vwt.words import Words
 
 # Methods of the model that mean the same on the wrapper. Those that compute are not among them: the model's own would
 # silently run on all tokens.
@@ -28,14 +32,16 @@ class VWTokenizer(nn.Module):
     and can be used beside it. Load weights before wrapping: that is when a codebook is checked against them.
 
     Args:
-        model: see `vwt.backbones.SUPPORTED`.
+        model: of one of the families in `vwt.families.FAMILIES`.
         strategy: which patches make which token (`InterImage`, `IntraImage`); None reduces nothing, and returns what
             the model returns, bit for bit.
         schedule: which blocks make still fewer of them; None or an empty one leaves them alone. An image with too few
             tokens for it, as a strategy that gives each its own number may leave, loses as many as it can.
+        check: compare the parts of the model with the model itself on one random image, which takes about as long as
+            two forwards; not on the `meta` device.
 
     Raises:
-        ModelError: if the model is not supported.
+        ModelError: if the model is not supported, or does not compute what its parts do.
         ArgumentError: if the schedule is for more blocks or tokens than there are.
         MismatchError: if the strategy's codebook was made for another model.
 
@@ -44,7 +50,12 @@ class VWTokenizer(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, strategy: Strategy | None = None, schedule: PruningSchedule | None = None
+        self,
+        model: nn.Module,
+        strategy: Strategy | None = None,
+        schedule: PruningSchedule | None = None,
+        *,
+        check: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(model, VWTokenizer):
@@ -53,9 +64,10 @@ class VWTokenizer(nn.Module):
             raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
         if schedule is not None and not isinstance(schedule, PruningSchedule):
             raise ArgumentError(f"schedule is {schedule!r}; expected vwt.PruningSchedule({{block: tokens to remove}})")
-        self.backbone = Backbone(model)
+        self.backbone = Backbone(model, check=check)
         self.schedule = schedule or PruningSchedule({})
         self.schedule.check(self.backbone.depth)
+        self.backbone.check_reductions(self.schedule)
         self.model: Any = model
         self.strategy: Any = None
         if strategy is not None:
@@ -63,6 +75,7 @@ class VWTokenizer(nn.Module):
             self._patch_size = spec.patch_size
             weight = next(model.parameters())
             self.strategy = strategy.bind(spec).to(weight.device)
+        self._unwatched = True
         self.train(model.training)
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
@@ -75,7 +88,7 @@ class VWTokenizer(nn.Module):
         """
         self.backbone.check(images)
         if self._changes_nothing(images):
-            return self.model.forward_head(self._encode_all(images))
+            return self.model(images)
         packed, words = self.pack(images)
         answer = self._answer if packed.is_dense else self._answer_uncompiled
         return answer(packed, words)
@@ -91,10 +104,72 @@ class VWTokenizer(nn.Module):
         """
         self.backbone.check(images)
         if unmerge and self._changes_nothing(images):
-            return self._encode_all(images)
+            return self.model.forward_features(images)
         packed, words = self.pack(images)
         packed, steps = self.backbone.encode_packed(packed, self.schedule)
         return self.backbone.full(packed, words, steps) if unmerge else (packed, follow(words, steps))
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        **options: Any,
+    ) -> Any:
+        """What the model's method of that name returns: the feature maps that leave some blocks, on the full grid.
+
+        As in `forward_features`, each patch has the value of the token that stands for it at that depth.
+        timm's `FeatureGetterNet` calls this.
+
+        Args:
+            images: as in `forward`.
+            indices: of the blocks; a number for so many last ones, None for all.
+            return_prefix_tokens: pairs of a map and the prefix tokens (B, P, C).
+            norm: apply the model's final norm to all of them.
+            stop_early: run no blocks after the last of them, though the final features are then not final.
+            output_fmt: "NCHW" for maps (B, C, rows, columns), "NLC" for patches in row-major order (B, N, C).
+            intermediates_only: leave out the final features (B, P + N, C), which come first otherwise.
+            options: more that the model's own takes; only where nothing is reduced.
+
+        Raises:
+            ArgumentError: for another format, or options that reduced tokens do not know.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ArgumentError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'")
+        self.backbone.check(images)
+        if self._changes_nothing(images):
+            return self.model.forward_intermediates(
+                images, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, **options
+            )
+        if options:
+            raise ArgumentError(
+                f"forward_intermediates takes no {', '.join(options)} where tokens are reduced; call it without, or as "
+                ".model.forward_intermediates"
+            )
+        taken, _ = feature_take_indices(self.backbone.depth, indices)
+        packed, words = self.pack(images)
+        backbone, packed, start = self.backbone, self.backbone.enter(packed), 0
+        steps: list[Step] = []
+        maps: list[Tensor] = []
+        for index in sorted(taken):
+            packed, more = backbone.run(packed, self.schedule, start, index + 1)
+            steps, start = [*steps, *more], index + 1
+            maps.append(backbone.full(backbone.leave(packed) if norm else packed, words, steps))
+        features: list[Any] = [tokens[:, backbone.prefix :] for tokens in maps]
+        if output_fmt == "NCHW":
+            features = [patches.mT.unflatten(2, words.grid).contiguous() for patches in features]
+        if return_prefix_tokens and backbone.prefix:
+            features = [(one, tokens[:, : backbone.prefix]) for one, tokens in zip(features, maps, strict=True)]
+        if intermediates_only:
+            return features
+        if not stop_early:
+            packed, more = backbone.run(packed, self.schedule, start)
+            steps = [*steps, *more]
+        return backbone.full(backbone.leave(packed), words, steps), features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """The model's own head on features of the full grid (B, P + N, C)."""
@@ -110,28 +185,41 @@ class VWTokenizer(nn.Module):
     def _changes_nothing(self, images: Tensor) -> bool:
         return not len(images) or (self.strategy is None and not self.schedule)
 
-    def _encode_all(self, images: Tensor) -> Tensor:
-        _, tokens, _ = self.backbone.embed(images)
-        return self.backbone.encode(tokens)
-
     def pack(self, images: Tensor) -> tuple[Packed, Words]:
         """Images (B, C, H, W) to the tokens that enter the first block, prefix tokens first, and their Words."""
         self.backbone.check_reducible()
         if self.strategy is None:
             packed, words = self.backbone.pack_all(images)
         else:
-            tokens, words = self._reduce(images)
+            embedded, words = self._reduce(images)
             merge_and_pack = self._merge_and_pack_uncompiled if words.count is None else self._merge_and_pack
-            packed = merge_and_pack(tokens, words)
+            packed = merge_and_pack(embedded, words)
         if words.count is not None:
             self.schedule.check(self.backbone.depth, words.count)
+        if not torch.compiler.is_compiling() and self._unwatched:
+            self._watch(words)
         return packed, words
 
-    def _merge_and_pack(self, tokens: Tensor, words: Words) -> Packed:
-        prefix = self.backbone.prefix
+    def _watch(self, words: Words) -> None:
+        """Say so, once, if the first images lose nothing."""
+        if not words.lengths:
+            return
+        self._unwatched = False
+        patches, depth = words.grid[0] * words.grid[1], self.backbone.depth
+        idle = [] if self.strategy is None or min(words.lengths) < patches else [type(self.strategy).__name__]
+        if self.schedule and all(patches_entering(self.schedule, depth, n)[-1] == n for n in set(words.lengths)):
+            idle.append(repr(self.schedule))
+        for what in idle:
+            warnings.warn(
+                f"{what} removed none of the tokens of the first {len(words.lengths)} images ({patches} patches each), "
+                "so that nothing is gained; see VWTokenizer.tokenize(images).counts, and ask for more",
+                stacklevel=4,
+            )
+
+    def _merge_and_pack(self, embedded: Embedded, words: Words) -> Packed:
         proportion = getattr(self.strategy, "proportion", 0.0)
         sizes = words.sizes if proportion or (self.schedule and words.kept is None) else None
-        return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes, proportion)
+        return self.backbone.pack(embedded, words, sizes, proportion)
 
     def _answer(self, packed: Packed, words: Words) -> Tensor:
         return self.backbone.answer(self.backbone.enter(packed), words, self.schedule)
@@ -141,16 +229,17 @@ class VWTokenizer(nn.Module):
     _merge_and_pack_uncompiled = torch.compiler.disable(_merge_and_pack)
     _answer_uncompiled = torch.compiler.disable(_answer)
 
-    def _reduce(self, images: Tensor) -> tuple[Tensor, Words]:
-        """Tokens (B, P + N, C) with position, not yet merged, and the Words that the strategy makes of them."""
-        patches, tokens, grid = self.backbone.embed(images)
-        features = patches if self.strategy.space == "embedding" else patchify(images, self._patch_size, grid)
+    def _reduce(self, images: Tensor) -> tuple[Embedded, Words]:
+        """Tokens with position, not yet merged, and the Words that the strategy makes of them."""
+        embedded = self.backbone.family.embed(images)
+        pixels = self.strategy.space != "embedding"
+        features = patchify(images, self._patch_size, embedded.grid) if pixels else embedded.project()
         if not self.strategy.fixed_count and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
             raise ArgumentError(
                 f"{type(self.strategy).__name__} gives every image its own number of tokens, which cannot be exported; "
                 "export with a strategy that gives all as many (IntraImage), or with None"
             )
-        return tokens, self.strategy(features, grid)
+        return embedded, self.strategy(features, embedded.grid)
 
     def __getattr__(self, name: str) -> Any:
         try:

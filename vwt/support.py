@@ -1,0 +1,64 @@
+"""Which models can be wrapped, and why others cannot."""
+
+from dataclasses import dataclass
+
+import timm
+import torch
+
+from vwt.backbones import Backbone
+from vwt.errors import ModelError, first_line
+from vwt.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a model can be wrapped.
+
+    Attributes:
+        name: the model's.
+        reason: why it cannot be; None if it can.
+        facts: what there is to say of it, if it can.
+    """
+
+    name: str
+    reason: str | None
+    facts: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: " + (f"supported, {self.facts}" if self.reason is None else f"no. {self.reason}")
+
+
+def find_support(name: str) -> Support:
+    """Whether a timm model can be wrapped; neither weights nor memory are needed to say so.
+
+    Raises:
+        ModelError: if timm has no such model, or it cannot be made without memory.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        raise ModelError(f"timm {timm.__version__} has no model {name!r}; see timm.list_models()")
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+    except Exception as error:  # whatever a model does when it is made
+        raise ModelError(
+            f"{name} cannot be made on the meta device: {first_line(error)}; wrap it to see whether that works"
+        ) from error
+    try:
+        backbone = Backbone(model)
+    except ModelError as error:
+        return Support(name, str(error))
+    _, height, width = backbone.input_shape
+    facts = (
+        f"{type(model).__name__}: {backbone.depth} blocks, {backbone.prefix} prefix tokens, {backbone.patches} patches "
+        f"of {height}x{width} pixels"
+    )
+    if not backbone.family.moves_places:
+        facts += "; only strategies that keep patches as they are, and no schedule"
+    return Support(name, None, facts)
+
+
+def list_families() -> str:
+    """The families of models that can be wrapped, as a table of text."""
+    rows = [(f"{family.MODEL.__module__}.{family.MODEL.__name__}", family.ABOUT) for family in FAMILIES]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {about}" for name, about in rows)
