@@ -151,7 +151,7 @@ class Ideal(nn.Module):
     """A model that is handed its reduced tokens.
 
     Args:
-        model: see `vwt.backbones.SUPPORTED`.
+        model: see `vwt.families.FAMILIES`.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -88,7 +88,7 @@ class Calibration:
     """A model, what it makes of images, and what a strategy and reductions change of that.
 
     Args:
-        model: see `vwt.backbones.SUPPORTED`, in eval mode.
+        model: see `vwt.families.FAMILIES`, in eval mode.
         images: (n, C, H, W), normalised for the model, on its device; in a random order, if only the first are used.
         keep: of so many of the first images, the tokens that enter every block are kept, which spares time.
         progress: show a progress bar.

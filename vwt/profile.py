@@ -92,7 +92,7 @@ class LatencyProfile:
         """Measure a model, all parts in turn after a warm-up, each figure the median of its runs.
 
         Args:
-            model: see `vwt.backbones.SUPPORTED`; it is not changed.
+            model: see `vwt.families.FAMILIES`; it is not changed.
             batch_size: images at a time.
             device: where; by default where the model is.
             points: token counts, from few to all.
