@@ -57,8 +57,8 @@ from harness import (
     schedule_name,
     weights_checksum,
 )
-from latency import SCHEDULES, in_the_papers_way, make_peers, on_batches, possible, strategies
-from peers import RandomDrop, TokenMerging
+from latency import SCHEDULES, make_peers, on_batches, possible, strategies
+from peers import RandomDrop, TokenMerging, in_the_papers_way
 from torch import Tensor
 from tqdm import tqdm
 

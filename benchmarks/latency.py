@@ -46,7 +46,7 @@ from harness import (
     schedule_name,
     spread,
 )
-from peers import ClassAttentionTopK, PadAndMask, PruneOneMoreToken, TokenMerging
+from peers import ClassAttentionTopK, PadAndMask, TokenMerging, in_the_papers_way
 from torch import Tensor, nn
 
 from vwt import Fuse, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
@@ -262,13 +262,6 @@ def possible(schedules: Sequence[PruningSchedule], depth: int, patches: int) -> 
     return [
         s for s in schedules if all(b < depth and what.wanted(patches) <= what.most(patches) for b, what in s.items())
     ]
-
-
-def in_the_papers_way(model: nn.Module, schedule: PruningSchedule) -> PruneOneMoreToken | None:
-    """A schedule of one pruning as Prune One More Token does it; None for any other."""
-    if len(schedule) == 1 and isinstance(what := next(iter(schedule.values())), Prune):
-        return PruneOneMoreToken(model, what.removed(Backbone(model).patches), next(iter(schedule)))
-    return None
 
 
 def schedule_variant(bench: Bench, schedule: PruningSchedule, batches: list[Tensor], peers: bool) -> Variant:

@@ -13,8 +13,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from vwt.backbones import Backbone
 from vwt.errors import ArgumentError, ModelError
 from vwt.patches import PatchSpec, Space, patchify
+from vwt.pruning import Prune
+from vwt.schedule import PruningSchedule
 from vwt.tokenizer import VWTokenizer
 from vwt.words import Words, keep_patches, merge
 
@@ -151,6 +154,13 @@ class PruneOneMoreToken(nn.Module):
         kept, dropped = order.split([order.shape[1] - self.removed - 1, self.removed + 1], dim=1)
         kept = F.pad(kept.sort(dim=1).values, (1, 0))
         return torch.cat([select(tokens, kept), select(tokens, dropped).mean(dim=1, keepdim=True)], dim=1)
+
+
+def in_the_papers_way(model: nn.Module, schedule: PruningSchedule) -> PruneOneMoreToken | None:
+    """A schedule of one pruning as Prune One More Token does it; None for any other."""
+    if len(schedule) == 1 and isinstance(what := next(iter(schedule.values())), Prune):
+        return PruneOneMoreToken(model, what.removed(Backbone(model).patches), next(iter(schedule)))
+    return None
 
 
 class RandomDrop(nn.Module):
