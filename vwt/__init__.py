@@ -6,7 +6,7 @@ from vwt.building import build_codebook
 from vwt.codebook import Codebook
 from vwt.plan import Plan
 from vwt.profile import LatencyProfile
-from vwt.pruning import Fuse, Merge, Prune
+from vwt.pruning import Absorb, Fuse, Merge, Prune
 from vwt.schedule import PruningSchedule
 from vwt.strategies import InterImage, IntraImage, Neighbours
 from vwt.tokenizer import VWTokenizer
@@ -14,6 +14,7 @@ from vwt.tuning import tune
 
 __version__ = version("vwt")
 __all__ = [
+    "Absorb",
     "Codebook",
     "Fuse",
     "InterImage",

@@ -26,13 +26,13 @@ from vwt.environment import cpu_model
 from vwt.errors import ArgumentError, DocumentError, MismatchError
 from vwt.packing import Packed, run_blocks
 from vwt.patches import PatchSpec
-from vwt.pruning import KINDS, Fuse, Merge, Reduction, patches_entering
+from vwt.pruning import KINDS, Absorb, Fuse, Merge, Reduction, patches_entering
 from vwt.timing import Calls, interleave
 
 VERSION = 1
 POINTS = 16  # token counts that are measured
 RUNS = 15  # of each part
-FORWARDS = 32  # forwards with schedules, from which what reductions cost is fitted
+FORWARDS = 40  # forwards with schedules, from which what reductions cost is fitted
 CHECKS = 8  # of them, on which predictions are checked, and from which nothing is fitted
 
 
@@ -140,7 +140,7 @@ class LatencyProfile:
             total += attention[count] + whole[left] - attention[left]
             if merged:
                 total += counting[count] - whole[count]
-            merged = merged or isinstance(reductions.get(block), Merge | Fuse)
+            merged = merged or isinstance(reductions.get(block), Merge | Fuse | Absorb)
         return total
 
     def _reducing(self, reductions: Mapping[int, Reduction], entering: Sequence[int]) -> float:
