@@ -2,9 +2,11 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +18,14 @@ from vwt.packing import Packed, run_blocks
 from vwt.patches import PatchSpec, normalise
 from vwt.pruning import Reduction
 from vwt.strategies import Strategy
+from vwt.timing import Calls, interleave
 from vwt.tokenizer import VWTokenizer
 from vwt.words import Words
 
 BATCH = 16
 LEAST = 16  # images
 ENOUGH = 256  # images, unless told otherwise
+TIMED, TIMED_RUNS = 8, 12  # batches on which latency is measured, and runs of each
 
 
 def load_images(
@@ -202,3 +206,39 @@ class Calibration:
                 logits = self.backbone.model.forward_head(self.backbone.leave(packed_left).dense())
                 right[count].append(logits.argmax(-1) == target)
         return {count: float(torch.cat(flags).float().mean()) for count, flags in right.items()}
+
+
+def measure_latency(
+    model: nn.Module,
+    reduced: Sequence[nn.Module],
+    images: Tensor,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[tuple[float, float]]:
+    """Milliseconds a batch of a model and of what was made of it, in turn in one run, and their ratio to the model's.
+
+    Args:
+        model: comes first in the answer.
+        reduced: the others.
+        images: (n, C, H, W), of which the first batches are taken.
+        batch_size: images at a time.
+        seed: of the order.
+        progress: show a progress bar.
+
+    Raises:
+        ArgumentError: if the images do not fill a batch.
+    """
+    if len(images) < batch_size:
+        raise ArgumentError(f"{len(images)} images do not fill a batch of {batch_size}; give more")
+    batches = [batch for batch in images[: TIMED * batch_size].split(batch_size) if len(batch) == batch_size]
+    calls: list[Calls] = [{"run": _on_batches(module, batches)} for module in (model, *reduced)]
+    with torch.inference_mode():
+        seconds = interleave(calls, len(batches), TIMED_RUNS, device=images.device, seed=seed, progress=progress)
+    runs = [np.median(timed["run"], axis=1) for timed in seconds]
+    return [(1e3 * float(np.median(run)), float(np.median(run / runs[0]))) for run in runs]
+
+
+def _on_batches(module: nn.Module, batches: Sequence[Tensor]) -> Callable[[int], Any]:
+    return lambda item: module(batches[item])

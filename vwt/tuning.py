@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vwt.calibration import ENOUGH, Calibration, load_images
+from vwt.calibration import ENOUGH, Calibration, load_images, measure_latency
 from vwt.documents import write_json
 from vwt.errors import ArgumentError
 from vwt.plan import Plan, Point, describe, make_strategy
@@ -28,7 +28,6 @@ DROPS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)  # of Neighbours
 THRESHOLDS = (0.05, 0.1, 0.2)  # of InterImage, if there is a codebook
 RATIOS = (0.9, 0.8, 0.7, 0.6)  # of the front
 FEW = 10  # candidates that are measured for each of them
-TIMED, TIMED_RUNS = 8, 12  # batches on which latency is measured in the end, and runs of each
 COST_RUNS = 20  # of each strategy
 SLACK = 1.01  # of a budget, within which a measured latency is taken to keep it
 
@@ -173,8 +172,8 @@ class _Bench:
         seed: int,
         progress: bool,
     ) -> None:
-        self.model, self.made, self.seed, self.progress = model, made, seed, progress
-        self.batches = [b for b in images[: TIMED * batch_size].split(batch_size) if len(b) == batch_size]
+        self.model, self.made, self.images, self.batch_size = model, made, images, batch_size
+        self.seed, self.progress = seed, progress
 
     def measure(self, outcomes: Sequence[Outcome]) -> list[Point]:
         """The model itself, and each outcome."""
@@ -182,17 +181,12 @@ class _Bench:
         schedules = [PruningSchedule(outcome.candidate.blocks) for outcome in outcomes]
         pairs = zip(strategies, schedules, strict=True)
         reduced = [VWTokenizer(self.model, make_strategy(strategy), schedule) for strategy, schedule in pairs]
-        calls: list[Calls] = [{"run": _calling(module, self.batches)} for module in (self.model, *reduced)]
-        device = self.batches[0].device
-        with torch.inference_mode():
-            seconds = interleave(
-                calls, len(self.batches), TIMED_RUNS, device=device, seed=self.seed, progress=self.progress
-            )
-        runs = [np.median(timed["run"], axis=1) for timed in seconds]
-        points = [Point(None, PruningSchedule({}), 1e3 * float(np.median(runs[0])), 1.0, 0.0, 1.0)]
-        for outcome, strategy, schedule, run in zip(outcomes, strategies, schedules, runs[1:], strict=True):
-            ratio = float(np.median(run / runs[0]))
-            points.append(Point(strategy, schedule, 1e3 * float(np.median(run)), ratio, outcome.kl, outcome.agreement))
+        timed = measure_latency(
+            self.model, reduced, self.images, self.batch_size, seed=self.seed, progress=self.progress
+        )
+        points = [Point(None, PruningSchedule({}), *timed[0], 0.0, 1.0)]
+        for outcome, strategy, schedule, (ms, ratio) in zip(outcomes, strategies, schedules, timed[1:], strict=True):
+            points.append(Point(strategy, schedule, ms, ratio, outcome.kl, outcome.agreement))
         return points
 
 
