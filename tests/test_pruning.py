@@ -46,7 +46,7 @@ def make_model(**options):
 
 
 def slow_importance(query, key, value, prefix, bias=None):
-    """Prune One More Token's score of each patch, for one image (H, n, d), with what is added to the logits (n,) or (n, n)."""
+    """Prune One More Token's score of each patch of one image (H, n, d); bias (n,) or (n, n) is added to the logits."""
     heads, count, width = query.shape
     rows = []  # rows[h][i][j]: attention of token i to token j
     for h in range(heads):
