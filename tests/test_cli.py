@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from test_codebook import Trap, bytes_of
 from test_datasets import write_images
 
 import vwt
+from vwt import LatencyProfile, Plan, PruningSchedule, tuning
 from vwt.building import BuildConfig, BuildReport
 from vwt.cli import build_summary, main, read_strategy
 
@@ -266,3 +268,180 @@ def test_read_strategy(capsys):
     assert read_strategy("inter:w.zarr:0.25").threshold == 0.25
     os.rename("w.zarr", "a:b.zarr")
     assert len(read_strategy("inter:a:b.zarr:0.25").codebook) == len(read_strategy("inter:a:b.zarr").codebook) == 16
+
+
+# -- what runs a model -------------------------------------------------------------------------------------------------
+
+MODEL = {"--model": "test_vit", "--checkpoint": "weights.safetensors"}
+PROFILE = MODEL | {"--points": "3", "--runs": "1", "--out": "profile.json"}
+SCHEDULE = MODEL | {"--profile": "profile.json", "--images": "photos", "--ratio": "0.8", "--out": "schedule.json"}
+TUNE = MODEL | {"--images": "photos", "--ratio": "0.9", "--out": "plan.json"}
+
+
+def call(name, options, *flags):
+    return [name, "--quiet", *flags, *(word for option in options.items() for word in option)]
+
+
+@pytest.fixture
+def photos(folder):
+    write_images(folder / "photos", 16)
+
+
+@pytest.fixture
+def profile(capsys):
+    """One that says that time goes with tokens, whatever was measured."""
+    assert run(capsys, call("profile", PROFILE))[0] == 0
+    measured = LatencyProfile.load("profile.json")
+    per_token = {"block": [1.0 * n for n in measured.counts], "attention": [0.5 * n for n in measured.counts]}
+    free = {kind: [0.0] * len(values) for kind, values in measured.reductions.items()}
+    known = {**vars(measured), **per_token, "counting": per_token["block"], "reductions": free}
+    made = LatencyProfile(**{field: known[field] for field in LatencyProfile.__dataclass_fields__})
+    made.save("profile.json")
+    return made
+
+
+def test_profile(capsys, folder):
+    status, out, err = run(capsys, call("profile", PROFILE, "--plot", "profile.png", "--batch-size", "2"))
+    assert (status, err) == (0, "")
+    made = LatencyProfile.load("profile.json")
+    title, header, *rows, total, path = out.splitlines()
+    assert title.startswith("test_vit")
+    assert "batch 2, float32" in title
+    assert header.startswith("tokens")
+    assert [int(row.split()[0]) for row in rows] == made.counts
+    assert made.counts[::2] == [2, 101]
+    assert re.fullmatch(r"whole model \d+\.\d\d ms; predictions of forwards err by \d+\.\d % \(median\)", total)
+    assert path == "profile.json"
+    assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_schedule_for_a_budget(capsys, photos, profile):
+    status, out, err = run(capsys, call("schedule", SCHEDULE))
+    assert (status, err) == (0, "")
+    schedule = PruningSchedule.load("schedule.json")
+    assert profile.predict(schedule) <= 0.8 * profile.predict()
+    assert out == f"{schedule.table(profile)}\nschedule.json\n"
+
+
+def test_schedule_that_does_not_prune(capsys, photos, profile):
+    status, out, _ = run(capsys, call("schedule", SCHEDULE | {"--ratio": "1"}))
+    assert (status, out.splitlines()[0][:12]) == (0, "do not prune")
+    assert PruningSchedule.load("schedule.json") == {}
+
+
+def test_schedule_by_utility(capsys, photos, profile, folder):
+    options = {name: value for name, value in SCHEDULE.items() if name != "--ratio"}
+    options |= {"--block": "2", "--alpha": "1", "--plot": "utility.png"}
+    status, out, err = run(capsys, call("schedule", options, "--utility"))
+    assert (status, err) == (0, "")
+    schedule = PruningSchedule.load("schedule.json")
+    assert list(schedule) == [2]
+    assert out == f"{schedule.table(profile)}\nschedule.json\n"
+    assert (folder / "utility.png").exists()
+
+
+def test_tune(capsys, photos, folder, monkeypatch):
+    small = {"DROPS": (0.2,), "RATIOS": (0.8,), "FEW": 2, "TRIES": 2, "FINALISTS": 1}
+    for name, value in (small | {"TIMED": 2, "TIMED_RUNS": 1, "COST_RUNS": 1}).items():
+        monkeypatch.setattr(tuning, name, value)
+    measure = LatencyProfile.measure
+
+    def quick(model, batch_size=1, **options):
+        return measure(model, batch_size, points=3, runs=1, **options)
+
+    monkeypatch.setattr(LatencyProfile, "measure", quick)
+    options = {name: value for name, value in TUNE.items() if name != "--ratio"}
+    status, out, err = run(capsys, call("tune", options | {"--agreement": "0.05"}))
+    assert (status, err) == (0, "")
+    plan = Plan.load("plan.json")
+    assert out == f"{plan}\nplan.json\n"
+    assert plan.goal == {"agreement": 0.05}
+    assert not (folder / "plan.json.tuning").exists()
+    model = timm.create_model("test_vit").eval()
+    assert plan.apply(model)(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
+
+
+WRONG = {
+    "profile": (
+        PROFILE,
+        [
+            ({"--points": "1"}, "points is 1; expected at least 2"),
+            ({"--runs": "0"}, "runs is 0; expected at least 1"),
+            ({"--batch-size": "0"}, "batch_size is 0; expected at least 1"),
+            ({"--threads": "0"}, "--threads is 0; expected at least 1"),
+            ({"--device": "abacus"}, "no device 'abacus'"),
+            ({"--dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
+            ({"--plot": "picture.txt"}, "cannot draw picture.txt; expected a .png, .svg or .pdf"),
+            ({"--out": "absent/profile.json"}, "cannot write the profile absent/profile.json"),
+            ({"--checkpoint": "missing.pt"}, "no checkpoint file at missing.pt"),
+            ({"--model": "test_resnet", "--checkpoint": "notes.safetensors"}, "test_resnet"),
+        ],
+    ),
+    "schedule": (
+        SCHEDULE,
+        [
+            ({"--profile": "absent.json"}, "cannot read the profile absent.json"),
+            ({"--profile": "notes.safetensors"}, "damaged or no profile"),
+            ({"--images": "absent"}, "no such folder or file: absent"),
+            ({"--images": "images"}, "has 3 images that can be read; calibration needs at least 16"),
+            ({"--ratio": "0"}, "the budget is 0.0 ms; expected a positive number"),
+            ({"--ratio": "0.001"}, "the least possible is"),
+            ({"--milliseconds": "3"}, "not allowed with argument --ratio"),
+            ({"--plot": "utility.png"}, "--plot draws the utility; give --utility"),
+            ({"--dtype": "bfloat16"}, "measured with dtype 'float32', here it is 'bfloat16'"),
+            ({"--out": "absent/schedule.json"}, "cannot write the schedule absent/schedule.json"),
+            ({"--ratio": None, "--utility": ..., "--block": "99"}, "block"),
+            ({"--ratio": None, "--utility": ..., "--alpha": "2"}, "alpha is 2.0; expected a weight"),
+        ],
+    ),
+    "tune": (
+        TUNE,
+        [
+            ({"--ratio": "0"}, "ratio is 0; expected a number above 0 and at most 1"),
+            ({"--ratio": None}, "tune needs a goal"),
+            ({"--milliseconds": "3"}, "tune needs a goal"),
+            ({"--agreement": "1.5"}, "agreement is 1.5; expected a number above 0 and at most 1"),
+            ({"--images": "absent"}, "no such folder or file: absent"),
+            ({"--images": "images"}, "has 3 images that can be read; calibration needs at least 16"),
+            ({"--batch-size": "0"}, "batch_size is 0; expected at least 1"),
+            ({"--out": "absent/plan.json"}, "cannot write .*absent"),
+        ],
+    ),
+}
+CASES = [(name, *case) for name, (_, cases) in WRONG.items() for case in cases]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), CASES, ids=[f"{n}-{' '.join(c)}" for n, c, _ in CASES])
+def test_wrong_arguments_are_one_line(capsys, photos, request, monkeypatch, name, changes, message):
+    if name == "schedule":
+        request.getfixturevalue("profile")
+    if name == "tune":
+        measure = LatencyProfile.measure
+        monkeypatch.setattr(LatencyProfile, "measure", partial(measure, points=2, runs=1))
+    options = WRONG[name][0] | changes
+    flags = [option for option, value in options.items() if value is ...]
+    options = {option: value for option, value in options.items() if isinstance(value, str)}
+    assert re.search(message, one_line(*run(capsys, call(name, options, *flags))))
+    assert not os.path.exists(WRONG[name][0]["--out"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "advice"),
+    [
+        ("profile", PROFILE, "; nothing was written"),
+        ("schedule", SCHEDULE, "; nothing was written"),
+        ("tune", TUNE, "; the same command goes on where it stopped"),
+    ],
+)
+def test_an_interrupt_says_how_to_go_on(capsys, photos, profile, monkeypatch, name, options, advice):
+    if name == "profile":
+        os.remove("profile.json")
+    monkeypatch.setattr("vwt.timing.time_call" if name == "profile" else "vwt.calibration.compare", interrupted)
+    monkeypatch.setattr(
+        LatencyProfile, "measure", LatencyProfile.measure if name == "profile" else lambda *_, **__: profile
+    )
+    monkeypatch.setattr(tuning, "COST_RUNS", 1)
+    status, out, err = run(capsys, call(name, options))
+    assert (status, out, err.strip()) == (130, "", f"vwt: interrupted{advice}")
+    assert not os.path.exists(options["--out"])
+    assert os.path.exists("plan.json.tuning") == (name == "tune")

@@ -11,6 +11,8 @@ from test_tokenizer import EveryOther, make_images, make_inter
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt.pruning import Fuse
+from vwt.strategies import Neighbours
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 # Graphs for the first count of tokens; one more, with any count, for the second.
@@ -39,7 +41,7 @@ def make_batches(batch, number=4):
     return [torch.randn(batch, 3, 160, 160, generator=generator) for _ in range(number)]
 
 
-FIXED = {"none": lambda: None, "intra": lambda: IntraImage(0.4)}
+FIXED = {"none": lambda: None, "intra": lambda: IntraImage(0.4), "neighbours": lambda: Neighbours(0.4, always=[3])}
 POOLS = {"avg": {"global_pool": "avg"}, "all": {"global_pool": "", "reg_tokens": 2}}
 
 
@@ -71,13 +73,14 @@ SCHEDULES = {
     "prune": PruningSchedule({0: Prune(10)}),
     "merge": PruningSchedule({0: Merge(10)}),
     "both": PruningSchedule({0: Merge(0.3), 1: Prune(5)}),
+    "fuse": PruningSchedule({0: Fuse(10), 1: Prune(5)}),
 }
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("name", "schedule", "batch"),
-    [("none", "prune", 1), ("none", "merge", 3), ("none", "both", 1), ("intra", "both", 3)],
+    [("none", "prune", 1), ("none", "merge", 3), ("none", "both", 1), ("intra", "both", 3), ("neighbours", "fuse", 2)],
 )
 def test_reductions_inside_the_blocks_are_one_graph_for_all_images(name, schedule, batch):
     fast = VWTokenizer(make_model(depth=2), FIXED[name](), SCHEDULES[schedule])
@@ -210,7 +213,12 @@ def test_a_strategy_of_ones_own():
 
 # -- precision and training --------------------------------------------------------------------------------------------
 
-STRATEGIES = {"intra": FIXED["intra"], "inter": lambda: make_inter(make_model(), "pixel")}
+STRATEGIES = {
+    "intra": FIXED["intra"],
+    "inter": lambda: make_inter(make_model(), "pixel"),
+    "neighbours": FIXED["neighbours"],
+    "near": lambda: Neighbours(threshold=0.7),
+}
 
 
 @torch.inference_mode()

@@ -1,3 +1,4 @@
+import math
 from inspect import signature
 
 import pytest
@@ -90,6 +91,68 @@ def test_unpack_undoes_pack(counts, prefixes):
         assert torch.equal(packed.values[start:end], torch.cat([one, run]))
         assert torch.equal(packed.split()[image], torch.cat([one, run]))
     assert all(torch.equal(*pair) for pair in zip(unpack(packed, prefixes), (prefix, merged), strict=True))
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.sampled_from([0.0, 0.5, 1.0]))
+def test_sizes_and_how_often_they_count(counts, prefixes, proportion):
+    prefix, merged = torch.zeros(len(counts), prefixes, 2), torch.zeros(sum(counts), 2)
+    sizes = torch.randint(1, 9, (sum(counts),), generator=torch.Generator().manual_seed(0)).float()
+    packed = pack(prefix, merged, tuple(counts), sizes, proportion)
+    expected = torch.cat([torch.cat([torch.ones(prefixes), run]) for run in sizes.split(counts)])
+    assert packed.sizes.tolist() == expected.tolist()
+    if proportion:
+        torch.testing.assert_close(packed.counted, expected**proportion)
+        assert not packed.counts_itself
+        assert not packed.replace(packed.values + 1).counts_itself
+    else:
+        assert packed.counted is None
+    assert pack(prefix, merged, tuple(counts), None, proportion).counted is None
+
+
+def slow_block(block, tokens, counted, itself):
+    """A block on the tokens (n, C) of one image, whose keys count so often."""
+    attn, normed, count = block.attn, block.norm1(tokens), len(tokens)
+    query, key, value = attn.qkv(normed).view(count, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+    mixed = torch.zeros(count, WIDTH)
+    for h in range(attn.num_heads):
+        for i in range(count):
+            weights = [
+                (1.0 if i == j and not itself else counted[j].item())
+                * math.exp(query[h, i].dot(key[h, j]).item() / math.sqrt(query.shape[-1]))
+                for j in range(count)
+            ]
+            width = value.shape[-1]
+            mixed[i, h * width : (h + 1) * width] = sum(w * v for w, v in zip(weights, value[h], strict=True)) / sum(
+                weights
+            )
+    tokens = tokens + attn.proj(mixed)
+    return tokens + block.mlp(block.norm2(tokens))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("crossing", [True, False])
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 1, 7), (4,)], ids=repr)
+def test_counted_tokens_equal_a_plain_loop(lengths, crossing, itself):
+    blocks, packed = make_blocks(), make_packed(*lengths)
+    counted = torch.randint(1, 9, (sum(lengths),), generator=torch.Generator().manual_seed(2)).float()
+    packed = Packed(packed.values, lengths, None, counted, itself)
+
+    def biased(tokens, bias):
+        for block in blocks:
+            tokens = block(tokens, attn_mask=bias)
+        return tokens
+
+    result = run_blocks(biased, packed, crossing=crossing)
+    assert result.counts_itself == itself
+    assert torch.equal(result.counted, counted)
+    expected = []
+    for tokens, count in zip(packed.split(), counted.split(list(lengths)), strict=True):
+        for block in blocks:
+            tokens = slow_block(block, tokens, count, itself)
+        expected.append(tokens)
+    torch.testing.assert_close(result.values, torch.cat(expected), atol=1e-4, rtol=1e-4)
+    assert packed.counted is counted
 
 
 def test_dense_where_all_images_are_as_long():

@@ -20,11 +20,11 @@ from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.errors import ArgumentError, ModelError
 from vwt.packing import Packed
-from vwt.pruning import attend_explicitly, importance, match, patches_entering, prune
+from vwt.pruning import Fuse, FusePlan, attend_explicitly, importance, match, patches_entering, prune
 from vwt.words import unmerge
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-KINDS = {"prune": Prune, "merge": Merge}
+KINDS = {"prune": Prune, "merge": Merge, "fuse": Fuse}
 WIDTH = 48
 
 
@@ -46,14 +46,15 @@ def make_model(**options):
 
 
 def slow_importance(query, key, value, prefix, bias=None):
-    """Prune One More Token's score of each patch, for one image (H, n, d), with what is added to the logits (n,)."""
+    """Prune One More Token's score of each patch of one image (H, n, d); bias (n,) or (n, n) is added to the logits."""
     heads, count, width = query.shape
     rows = []  # rows[h][i][j]: attention of token i to token j
     for h in range(heads):
         rows.append([])
         for i in range(count):
             logits = [query[h, i].double().dot(key[h, j].double()).item() / math.sqrt(width) for j in range(count)]
-            logits = [logit + (0 if bias is None else bias[j]) for j, logit in enumerate(logits)]
+            added = bias[i] if bias is not None and isinstance(bias[0], list) else bias
+            logits = [logit + (0 if added is None else added[j]) for j, logit in enumerate(logits)]
             terms = [math.exp(logit - max(logits)) for logit in logits]
             rows[h].append([term / sum(terms) for term in terms])
     patches = range(prefix, count)
@@ -84,6 +85,32 @@ def slow_merge(metric, removed):
     return [[a] for a in odd if a not in source] + [[b, *(a for a in source if partner[a] == b)] for b in even]
 
 
+def slow_class_attention(query, key, prefix, bias=None):
+    """The first prefix token's attention to each patch of one image (H, n, d), mean over heads; ones without one."""
+    heads, count, width = query.shape
+    if not prefix:
+        return [1.0] * count
+    total = [0.0] * (count - prefix)
+    for h in range(heads):
+        logits = [query[h, 0].double().dot(key[h, j].double()).item() / math.sqrt(width) for j in range(count)]
+        terms = [math.exp(logit + (bias[0][j] if bias else 0)) for j, logit in enumerate(logits)]
+        total = [one + term / sum(terms) / heads for one, term in zip(total, terms[prefix:], strict=True)]
+    return total
+
+
+def slow_fuse(tokens, attention, removed):
+    """As `slow_merge`, but the pairs of least distance times the root of the attention to the patch that goes."""
+
+    def distance(a, b):
+        return 1 - F.cosine_similarity(tokens[a].double(), tokens[b].double(), dim=0).item()
+
+    odd, even = range(1, len(tokens), 2), range(0, len(tokens), 2)
+    partner = {a: min(even, key=lambda b: distance(a, b)) for a in odd}
+    order = sorted(odd, key=lambda a: max(distance(a, partner[a]), 1e-3) * math.sqrt(attention[a]))
+    source = order[:removed]
+    return [[a] for a in odd if a not in source] + [[b, *(a for a in source if partner[a] == b)] for b in even]
+
+
 def slow_apply(groups, tokens, sizes, prefix):
     """Tokens (n, C) and sizes to those of the groups: the mean of each, weighted by size, and the sum of the sizes."""
     fewer, total = list(tokens[:prefix]), list(sizes[:prefix])
@@ -110,12 +137,14 @@ def slow_encode(model, tokens, sizes, schedule):
 
     Returns the encoded tokens, their sizes, and which of the patch tokens that entered make each.
     """
-    prefix, counted = model.num_prefix_tokens, [1] * len(tokens)
+    prefix, counted, itself = model.num_prefix_tokens, [1] * len(tokens), True
     sizes, parts = [1] * prefix + list(sizes), [[patch] for patch in range(len(tokens) - prefix)]
     tokens = model.norm_pre(tokens)
     for index, block in enumerate(model.blocks):
-        bias, normed = [math.log(count) for count in counted], block.norm1(tokens)
-        mixed = block.attn(normed[None], attn_mask=tokens.new_tensor(bias)[None, None, None])[0]
+        bias, normed = [[math.log(count) for count in counted] for _ in counted], block.norm1(tokens)
+        if not itself:
+            bias = [[0.0 if i == j else one for j, one in enumerate(row)] for i, row in enumerate(bias)]
+        mixed = block.attn(normed[None], attn_mask=tokens.new_tensor(bias)[None, None])[0]
         tokens = tokens + block.ls1(mixed)
         if index in schedule:
             attn, reduction = block.attn, schedule[index]
@@ -126,9 +155,14 @@ def slow_encode(model, tokens, sizes, schedule):
                 groups = slow_prune(slow_importance(query, key, value, prefix, bias), removed)
             else:
                 removed = min(reduction.wanted(len(parts)), len(parts) // 2)
-                groups = slow_merge(key.mean(0)[prefix:].tolist(), removed)
+                if isinstance(reduction, Fuse):
+                    groups = slow_fuse(tokens[prefix:], slow_class_attention(query, key, prefix, bias), removed)
+                else:
+                    groups = slow_merge(key.mean(0)[prefix:].tolist(), removed)
             tokens, sizes = slow_apply(groups, tokens, sizes, prefix)
             counted = slow_counted(groups, counted, prefix, type(reduction))
+            if isinstance(reduction, Fuse):
+                counted, itself = [math.sqrt(size) for size in sizes], False
             parts = [[part for patch in group for part in parts[patch]] for group in groups]
         tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
     return model.norm(tokens), sizes, parts
@@ -144,7 +178,7 @@ def test_amounts(kind, amount):
     assert reduction.amount == amount
     assert reduction.kind == kind
     assert repr(reduction) == f"{kind.capitalize()}({amount!r})"
-    assert eval(repr(reduction), dict(vars(torch), **{"Prune": Prune, "Merge": Merge})) == reduction
+    assert eval(repr(reduction), dict(vars(torch), **{"Prune": Prune, "Merge": Merge, "Fuse": Fuse})) == reduction
     assert hash(reduction) == hash(KINDS[kind](amount))
     assert reduction != KINDS["merge" if kind == "prune" else "prune"](amount)
 
@@ -391,7 +425,10 @@ def test_totals_are_conserved(kind, sequence, data):
 
 
 def make_plan(kind, metric, removed, prefix):
-    return match(metric, removed, prefix) if kind == "merge" else prune(metric[..., 0], removed, prefix)
+    if kind == "prune":
+        return prune(metric[..., 0], removed, prefix)
+    plan = match(metric, removed, prefix)
+    return plan if kind == "merge" else FusePlan(plan.stay, plan.source, plan.target, plan.patches, prefix)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -441,7 +478,47 @@ def test_removing_nothing_of_an_image_changes_nothing_of_it(kind, patches):
     back = plan.places()[0] + 1
     torch.testing.assert_close(fewer[0, back], tokens[0, 1:])
     torch.testing.assert_close(total[0, back], sizes[0, 1:])
-    torch.testing.assert_close(plan.count(counted, sizes, total)[0, back], counted[0, 1:])
+    expected = sizes.sqrt() if kind == "fuse" else counted  # fused tokens count by what they stand for
+    torch.testing.assert_close(plan.count(counted, sizes, total)[0, back], expected[0, 1:])
+
+
+@given(sequences(), st.data())
+def test_fused_tokens_count_as_the_root_of_their_patches(sequence, data):
+    batch, prefix, patches, sizes, counted = sequence
+    removed = data.draw(st.integers(0, patches // 2))
+    metric = random(batch, patches, 3, dtype=torch.float64)
+    fused, merged = make_plan("fuse", metric, removed, prefix), make_plan("merge", metric, removed, prefix)
+    tokens = random(batch, prefix + patches, 3, seed=1)
+    (values, total), expected = fused.apply(tokens, as_sizes(sizes)), merged.apply(tokens, as_sizes(sizes))
+    assert torch.equal(values, expected[0])
+    assert torch.equal(total, expected[1])
+    torch.testing.assert_close(fused.count(as_sizes(counted), as_sizes(sizes), total), total.sqrt())
+    assert fused.places().tolist() == merged.places().tolist()
+
+
+@given(st.integers(2, 20), st.data())
+def test_pairs_of_little_value_merge_first(patches, data):
+    """A pair costs its distance times the value of the patch that goes."""
+    removed, metric = data.draw(st.integers(0, patches // 2)), random(2, patches, 5, seed=patches, dtype=torch.float64)
+    attention = torch.rand(2, patches, generator=torch.Generator().manual_seed(patches)).double()
+    plan = match(metric, removed, 1, attention[:, 1::2].sqrt())
+    groups = [slow_fuse(image, one.tolist(), removed) for image, one in zip(metric, attention, strict=True)]
+    assert plan.places().tolist() == [slow_places(group) for group in groups]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_what_fusing_reads_of_attention(prefix):
+    query, key, value = random(3, 2, 2, prefix + 9, 4)
+    seen, reduction = [], Fuse(3)
+    output = reduction.watch(prefix, seen)(query, key, value)
+    assert torch.equal(output, F.scaled_dot_product_attention(query, key, value))
+    expected = [slow_class_attention(q, k, prefix) for q, k in zip(query, key, strict=True)]
+    torch.testing.assert_close(seen[0], torch.tensor(expected)[:, :9], **CLOSE)
+    tokens = random(2, prefix + 9, 6, seed=1)
+    plan = reduction.plan(seen[0], tokens, prefix)
+    assert isinstance(plan, FusePlan)
+    groups = [slow_fuse(one[prefix:], row, 3) for one, row in zip(tokens, expected, strict=True)]
+    assert plan.places().tolist() == [slow_places(group) for group in groups]
 
 
 # -- inside the blocks -------------------------------------------------------------------------------------------------
@@ -453,6 +530,10 @@ SCHEDULES = {
     "prune, merge, prune": {0: Prune(3), 1: Merge(4), 3: Prune(3)},
     "merge, prune, merge": {0: Merge(5), 1: Prune(3), 2: Merge(2)},
     "merge in every block": {block: Merge(2) for block in range(4)},
+    "fuse": {1: Fuse(4)},
+    "fuse, merge, prune": {0: Fuse(3), 1: Merge(2), 2: Prune(2)},
+    "prune, merge, fuse": {0: Prune(3), 1: Merge(0.3), 2: Fuse(0.4)},
+    "fuse in every block": {block: Fuse(2) for block in range(4)},
     "more than there are": {1: Prune(11), 2: Merge(3), 3: Prune(1)},
 }
 MODELS = {
@@ -496,7 +577,7 @@ def test_reductions_equal_a_loop_over_images(schedule, lengths, sized):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("schedule", ["prune", "merge", "prune, merge, prune"])
+@pytest.mark.parametrize("schedule", ["prune", "merge", "prune, merge, prune", "fuse", "fuse, merge, prune"])
 @pytest.mark.parametrize("name", MODELS)
 def test_any_model_equals_a_loop_over_images(name, schedule):
     """Any number of prefix tokens, which are never reduced, and any norms."""
@@ -506,7 +587,9 @@ def test_any_model_equals_a_loop_over_images(name, schedule):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "schedule", [{1: Prune(10)}, {1: Merge(10)}, {0: Merge(4), 1: Prune(5), 2: Merge(9)}], ids=repr
+    "schedule",
+    [{1: Prune(10)}, {1: Merge(10)}, {1: Fuse(10)}, {0: Merge(4), 1: Prune(5), 2: Merge(9)}, {0: Fuse(4), 1: Fuse(9)}],
+    ids=repr,
 )
 def test_images_too_small_for_the_count_lose_what_they_can(schedule):
     model, lengths = make_model(), (15, 1, 2, 3, 4, 5)
@@ -522,7 +605,7 @@ def test_images_too_small_for_the_count_lose_what_they_can(schedule):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["prune", "merge"])
 def test_an_image_of_too_few_tokens_for_a_share_is_as_if_not_reduced(kind):
     """Merges first, so that every token of it is counted more than once."""
     backbone, packed, merges = Backbone(make_model()), make_packed((16, 8), 1, True), {0: Merge(4), 1: Merge(2)}
@@ -713,7 +796,7 @@ def test_differential_attention_is_refused(kind, patches):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["prune", "merge"])
 @pytest.mark.parametrize("patches", [(14, 14), (14, 11)], ids=["dense", "ragged"])
 def test_a_block_that_norms_after_its_halves(kind, patches):
     """The first half of a reducing block is all up to its first residual sum, the second the rest of it."""

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_profile import make_profile
 
-from vwt import Merge, Prune, PruningSchedule
+from vwt import Fuse, Merge, Prune, PruningSchedule
 from vwt.errors import ArgumentError, DocumentError
+from vwt.schedule import down_to, utility
 
 amounts = st.integers(1, 10**9) | st.floats(0, 1, exclude_min=True, exclude_max=True)
-reductions = amounts.map(Prune) | amounts.map(Merge)
+reductions = amounts.map(Prune) | amounts.map(Merge) | amounts.map(Fuse)
 schedules = st.dictionaries(st.integers(0, 50), reductions, max_size=5).map(PruningSchedule)
 SCHEDULE = PruningSchedule({6: Merge(40), 3: 0.25})
 
@@ -38,7 +40,7 @@ def test_a_mapping_in_the_order_of_the_blocks():
 
 @given(schedules)
 def test_its_repr_makes_it(schedule):
-    names = {"Prune": Prune, "Merge": Merge, "PruningSchedule": PruningSchedule}
+    names = {"Prune": Prune, "Merge": Merge, "Fuse": Fuse, "PruningSchedule": PruningSchedule}
     assert eval(repr(schedule), names) == schedule
 
 
@@ -272,3 +274,65 @@ def test_a_missing_file(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(DocumentError, match=r"cannot write the schedule .*: No such file .*; choose another file"):
         SCHEDULE.save(tmp_path / "absent" / "schedule.json")
+
+
+# -- with a profile ----------------------------------------------------------------------------------------------------
+
+ACCURACY = {17: 0.8, 13: 0.78, 9: 0.6, 3: 0.2}
+
+
+def test_utility_equals_its_formula():
+    profile = make_profile()
+    for alpha in (0.0, 0.3, 1.0):
+        ms = {n: profile.predict({1: Prune(17 - n)} if n < 17 else {}) for n in ACCURACY}
+        expected = {n: alpha * (1 - ms[n] / max(ms.values())) + (1 - alpha) * ACCURACY[n] / 0.8 for n in ACCURACY}
+        assert utility(profile, ACCURACY, alpha, 1) == pytest.approx(expected)
+    assert list(utility(profile, ACCURACY, 0.5, 1)) == [3, 9, 13, 17]
+
+
+def test_the_count_of_highest_utility():
+    profile = make_profile()
+    for block in (None, 0, 2):
+        curve = utility(profile, ACCURACY, 0.5, 1 if block is None else block)
+        best = max(curve, key=curve.get)
+        removed = {} if best == 17 else {1 if block is None else block: Prune(17 - best)}
+        assert PruningSchedule.from_utility(profile, ACCURACY, block=block) == removed
+    assert PruningSchedule.from_utility(profile, ACCURACY, alpha=0.0) == {}
+    assert PruningSchedule.from_utility(profile, ACCURACY, alpha=1.0) == {1: Prune(14)}
+
+
+def test_of_equal_utilities_the_most_tokens_stay():
+    assert PruningSchedule.from_utility(make_profile(), {17: 0.5, 9: 0.5, 13: 0.5}, alpha=0.0) == {}
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
+def test_an_alpha_that_is_no_weight(alpha):
+    with pytest.raises(ArgumentError, match=rf"alpha is {alpha}; expected a weight in \[0, 1\]"):
+        PruningSchedule.from_utility(make_profile(), ACCURACY, alpha)
+
+
+@pytest.mark.parametrize("accuracy", [{}, {9: 0.5}, {17: 0.0, 9: 0.0}], ids=repr)
+def test_all_tokens_must_be_known(accuracy):
+    with pytest.raises(ArgumentError, match="expected 17, all of them, among these"):
+        PruningSchedule.from_utility(make_profile(), accuracy)
+
+
+@pytest.mark.parametrize(("count", "block"), [(2, 1), (0, 1), (9, 4), (9, -1), (18, 1)])
+def test_counts_that_pruning_cannot_reach(count, block):
+    with pytest.raises(ArgumentError):
+        PruningSchedule.from_utility(make_profile(), {17: 0.8, count: 0.5}, block=block)
+
+
+def test_pruning_down_to_a_count():
+    assert down_to(make_profile(), 1, 17) == {}
+    assert down_to(make_profile(), 2, 3) == {2: Prune(14)}
+
+
+def test_a_table():
+    profile = make_profile()
+    schedule = PruningSchedule({0: Fuse(3), 2: 0.5})
+    title, *rows, total = schedule.table(profile).splitlines()
+    assert title.split() == ["block", "tokens", "reduction"]
+    assert [row.split() for row in rows] == [["0", "17", "Fuse(3)"], ["1", "14"], ["2", "14", "Prune(0.5)"], ["3", "8"]]
+    own, full = profile.predict(schedule), profile.predict()
+    assert total == f"predicted {own:.2f} ms of {full:.2f} ms ({own / full:.3f}) for a batch of 1"

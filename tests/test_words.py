@@ -113,6 +113,46 @@ def test_dropped_patches_take_the_value_of_the_nearest_kept_one(kept):
 
 
 @st.composite
+def stood_for(draw):
+    """Kept patches of some images, and for each patch the kept one that stands for it."""
+    kept = draw(kept_batches)
+    rows = [[n if n in image else draw(st.sampled_from(image)) for n in range(PATCHES)] for image in kept]
+    return kept, rows
+
+
+@given(stood_for())
+def test_dropped_patches_may_be_stood_for(case):
+    kept, rows = case
+    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS), torch.tensor(rows))
+    tokens = tokens_of(words)
+    assert words.group.tolist() == [[image.index(n) for n in row] for image, row in zip(kept, rows, strict=True)]
+    assert words.weight.tolist() == [[float(n in image) for n in range(PATCHES)] for image in kept]
+    assert words.lengths == tuple(words.counts.tolist()) == (len(kept[0]),) * len(kept)
+    assert words.sizes.tolist() == [row.count(n) for image, row in zip(kept, rows, strict=True) for n in image]
+    merged = merge(tokens, words)
+    assert torch.equal(merged, torch.cat([image[n] for image, n in zip(tokens, kept, strict=True)]))
+    assert torch.equal(fill(words).group, words.group)
+    assert fill(words).sizes.tolist() == words.sizes.tolist()
+    expected = torch.stack([image[row] for image, row in zip(tokens, rows, strict=True)])
+    assert torch.equal(unmerge(merged, words), expected)
+
+
+@given(kept_batches)
+def test_sizes_of_what_is_kept_are_one(kept):
+    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS))
+    assert words.sizes.dtype == torch.float32
+    assert words.sizes.tolist() == [1.0] * sum(words.lengths)
+
+
+@given(stood_for(), st.data())
+def test_regrouping_what_is_stood_for(case, data):
+    """A token that is made of others counts the patches that these stood for."""
+    kept, stands = case
+    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS), torch.tensor(stands))
+    check_regrouped(words, data.draw(regroupings(words)))
+
+
+@st.composite
 def regroupings(draw, words):
     """For each image, the new place of each of its tokens; every place is taken."""
     rows = []
