@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+OLDEST_READY := $(OLDEST)/.ready
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup demo test test-oldest lint types clean
 
 setup: $(READY)
 
@@ -21,6 +23,19 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# What constraints-oldest.txt names is installed as it says there, everything else as in constraints.txt.
+$(OLDEST_READY): pyproject.toml constraints.txt constraints-oldest.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "vwt needs Python 3.11 or newer; name one with make PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(OLDEST)
+	awk -F== 'NR == FNR { oldest[$$1] } NR == FNR || !($$1 in oldest)' constraints-oldest.txt constraints.txt \
+		> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev,plots]'
+	@touch $@
+
+test-oldest: $(OLDEST_READY)
+	$(OLDEST)/bin/python -m pytest
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,4 +44,4 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(OLDEST) demo
