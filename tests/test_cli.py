@@ -342,7 +342,7 @@ def test_schedule_by_utility(capsys, photos, profile, folder):
 
 def test_tune(capsys, photos, folder, monkeypatch):
     small = {"DROPS": (0.2,), "RATIOS": (0.8,), "FEW": 2, "TRIES": 2, "FINALISTS": 1}
-    for name, value in (small | {"TIMED": 2, "TIMED_RUNS": 1, "COST_RUNS": 1}).items():
+    for name, value in (small | {"COST_RUNS": 1}).items():
         monkeypatch.setattr(tuning, name, value)
     measure = LatencyProfile.measure
 

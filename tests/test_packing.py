@@ -97,7 +97,7 @@ def test_unpack_undoes_pack(counts, prefixes):
 def test_sizes_and_how_often_they_count(counts, prefixes, proportion):
     prefix, merged = torch.zeros(len(counts), prefixes, 2), torch.zeros(sum(counts), 2)
     sizes = torch.randint(1, 9, (sum(counts),), generator=torch.Generator().manual_seed(0)).float()
-    packed = pack(prefix, merged, tuple(counts), sizes, proportion)
+    packed = pack(prefix, merged, tuple(counts), sizes, proportion=proportion)
     expected = torch.cat([torch.cat([torch.ones(prefixes), run]) for run in sizes.split(counts)])
     assert packed.sizes.tolist() == expected.tolist()
     if proportion:
@@ -106,7 +106,7 @@ def test_sizes_and_how_often_they_count(counts, prefixes, proportion):
         assert not packed.replace(packed.values + 1).counts_itself
     else:
         assert packed.counted is None
-    assert pack(prefix, merged, tuple(counts), None, proportion).counted is None
+    assert pack(prefix, merged, tuple(counts), None, proportion=proportion).counted is None
 
 
 def slow_block(block, tokens, counted, itself):
@@ -136,11 +136,11 @@ def slow_block(block, tokens, counted, itself):
 def test_counted_tokens_equal_a_plain_loop(lengths, crossing, itself):
     blocks, packed = make_blocks(), make_packed(*lengths)
     counted = torch.randint(1, 9, (sum(lengths),), generator=torch.Generator().manual_seed(2)).float()
-    packed = Packed(packed.values, lengths, None, counted, itself)
+    packed = Packed(packed.values, lengths, None, counted, counts_itself=itself)
 
     def biased(tokens, bias):
         for block in blocks:
-            tokens = block(tokens, attn_mask=bias)
+            tokens = block(tokens, attn_mask=bias and bias.bias)
         return tokens
 
     result = run_blocks(biased, packed, crossing=crossing)

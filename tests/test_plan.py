@@ -166,7 +166,7 @@ CHANGES = {
     "no point": ({"chosen": None}, "a point with other fields than"),
     "a field more": ({"chosen": {**ROW, "joules": 1}}, "a point with other fields than"),
     "a field less": ({"front": [{"kl": 1}]}, "a point with other fields than"),
-    "no front": ({"front": None}, "a point with other fields than"),
+    "no front": ({"front": None}, "no goal or no front"),
     "no number": ({"chosen": {**ROW, "kl": "small"}}, "figures are no numbers"),
     "true": ({"chosen": {**ROW, "agreement": True}}, "figures are no numbers"),
     "operation": (

@@ -15,7 +15,13 @@ from vwt.pruning import KINDS, Fuse, Merge, Prune, patches_entering
 
 PATCHES, PREFIX, DEPTH = 16, 1, 4
 COUNTS = [2, 5, 9, 17]
-REDUCTIONS = {"first": [0.25], "prune": [1.0, 0.5], "merge": [2.0, 0.125], "fuse": [4.0, 0.0625]}
+REDUCTIONS = {
+    "first": [0.25],
+    "prune": [1.0, 0.5],
+    "merge": [2.0, 0.125],
+    "fuse": [4.0, 0.0625],
+    "absorb": [8.0, 0.03125],
+}
 
 
 def block_ms(count):
@@ -308,7 +314,7 @@ def test_predictions_are_checked(measured):
     assert measured.checks[0]["predicted"] == pytest.approx(measured.predict())
     assert len({check["schedule"] for check in measured.checks}) == 8
     for check in measured.checks:
-        reductions = eval(check["schedule"], {"Prune": Prune, "Merge": Merge, "Fuse": Fuse})
+        reductions = eval(check["schedule"], {kind.__name__: kind for kind in KINDS.values()})
         assert check["predicted"] == pytest.approx(measured.predict(reductions))
         assert check["measured"] > 0
         assert not reductions or patches_entering(reductions, 4, 16)[-1] < 16

@@ -20,7 +20,7 @@ from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.errors import ArgumentError, ModelError
 from vwt.packing import Packed
-from vwt.pruning import Fuse, FusePlan, attend_explicitly, importance, match, patches_entering, prune
+from vwt.pruning import Absorb, Fuse, FusePlan, attend_explicitly, importance, match, patches_entering, prune
 from vwt.words import unmerge
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -872,3 +872,45 @@ def test_words_weigh_by_their_patches(small_vit, name, schedule):
             expected = alone[1 + token].expand(len(patches), -1)
             torch.testing.assert_close(full[image, 1 + patches], expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(unmerge(torch.cat([run[1:] for run in encoded]), after), full[:, 1:])
+
+
+# -- absorbing ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("sized", [True, False])
+def test_absorbing_equals_a_loop(prefix, sized):
+    tokens, scores = random(2, prefix + 9, 5), random(2, 9)
+    sizes = torch.randint(1, 5, (2, prefix + 9), generator=torch.Generator().manual_seed(3)).float() if sized else None
+    plan = Absorb(5).plan(scores, tokens, prefix)
+    fewer, total = plan.apply(tokens, sizes)
+    weights = torch.ones(2, prefix + 9) if sizes is None else sizes
+    for image in range(2):
+        order = scores[image].argsort(descending=True).tolist()
+        kept, dropped = order[:4], order[4:]
+        likeness = torch.nn.functional.cosine_similarity
+        patches = tokens[image, prefix:]
+        groups = {patch: [patch] for patch in kept}
+        for patch in dropped:
+            groups[max(kept, key=lambda k, p=patch: float(likeness(patches[p], patches[k], dim=0)))].append(patch)
+        torch.testing.assert_close(fewer[image, :prefix], tokens[image, :prefix])
+        for row, members in enumerate(groups.values()):
+            weight = weights[image, [prefix + member for member in members]]
+            mean = (patches[members] * weight[:, None]).sum(0) / weight.sum()
+            torch.testing.assert_close(fewer[image, prefix + row], mean)
+            assert total[image, prefix + row] == weight.sum()
+            assert [plan.places()[image, member].item() for member in members] == [row] * len(members)
+    torch.testing.assert_close(plan.count(None, sizes, total), total.sqrt())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("patches", [(9, 9), (3, 9, 1)])
+def test_absorbing_image_by_image(patches):
+    model, schedule = make_model(), PruningSchedule({0: Absorb(4), 2: Absorb(0.5), 3: Fuse(1)})
+    packed = make_packed(patches, 1, True)
+    encoded, _ = Backbone(model).encode_packed(packed, schedule)
+    for index, run in enumerate(packed.split()):
+        size = packed.sizes.split(list(packed.lengths))[index]
+        alone, _ = Backbone(model).encode_packed(Packed(run, (len(run),), size), schedule)
+        torch.testing.assert_close(encoded.split()[index], alone.values, atol=1e-5, rtol=1e-5)

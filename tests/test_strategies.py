@@ -201,11 +201,13 @@ def slow_likeness(features, grid, always):
 
 
 def slow_drop(features, grid, count, always=()):
-    """What stands for each dropped patch, for the colour, or both where they are equal, that has the likest."""
+    """What stands for each dropped patch, for the colour, or both where they are equal, that is more alike."""
     choices = []
-    for colour in slow_likeness(features, grid, always):
+    for number, colour in enumerate(slow_likeness(features, grid, always)):
         gone = sorted(colour, key=lambda patch: -colour[patch][0])[:count]
-        choices.append((sum(colour[patch][0] for patch in gone), {patch: colour[patch][1] for patch in gone}))
+        places = sum(sum(divmod(patch, grid[1])) % 2 == number for patch in range(len(features)))
+        alike = sum(likeness for likeness, _ in colour.values()) / max(places, 1)
+        choices.append((alike, {patch: colour[patch][1] for patch in gone}))
     best = max(total for total, _ in choices)
     return [partners for total, partners in choices if total > best - 1e-5]
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vwt.words import fill, group_words, keep_patches, merge, regroup, unmerge
+from vwt.words import KeptPatches, fill, group_words, keep_patches, merge, regroup, unmerge
 
 ROWS, COLUMNS, LABELS = 3, 4, 5
 PATCHES = ROWS * COLUMNS
@@ -120,10 +120,19 @@ def stood_for(draw):
     return kept, rows
 
 
+def stand_for(kept, rows):
+    """KeptPatches of which those in rows stand for each patch."""
+    gone = [[n for n in range(PATCHES) if n not in image] for image in kept]
+    standing = [[row[n] for n in image] for row, image in zip(rows, gone, strict=True)]
+    shape = (len(kept), len(gone[0]))
+    tensors = (torch.tensor(values, dtype=torch.int64).view(shape) for values in (gone, standing))
+    return KeptPatches(torch.tensor(kept), (ROWS, COLUMNS), *tensors)
+
+
 @given(stood_for())
 def test_dropped_patches_may_be_stood_for(case):
     kept, rows = case
-    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS), torch.tensor(rows))
+    words = stand_for(kept, rows)
     tokens = tokens_of(words)
     assert words.group.tolist() == [[image.index(n) for n in row] for image, row in zip(kept, rows, strict=True)]
     assert words.weight.tolist() == [[float(n in image) for n in range(PATCHES)] for image in kept]
@@ -148,7 +157,7 @@ def test_sizes_of_what_is_kept_are_one(kept):
 def test_regrouping_what_is_stood_for(case, data):
     """A token that is made of others counts the patches that these stood for."""
     kept, stands = case
-    words = keep_patches(torch.tensor(kept), (ROWS, COLUMNS), torch.tensor(stands))
+    words = stand_for(kept, stands)
     check_regrouped(words, data.draw(regroupings(words)))
 
 

@@ -45,6 +45,8 @@ def load_images(
     """
     images = ImageSource(os.fspath(source), model).sample(count, seed=seed, progress=progress)
     if len(images) < LEAST:
+        if count < LEAST:
+            raise ArgumentError(f"{count} images are asked for; calibration needs at least {LEAST}")
         raise DataError(f"{source} has {len(images)} images that can be read; calibration needs at least {LEAST}")
     spec, weight = PatchSpec.of(model), next(model.parameters())
     return normalise(images.to(weight.device), spec.mean, spec.std).to(weight.dtype)
@@ -71,6 +73,12 @@ class Fidelity:
     def agreement(self) -> float:
         """Share of images."""
         return float(self.agrees.float().mean())
+
+
+def check_enough(images: Tensor) -> None:
+    """Raise ArgumentError for less than 16 images."""
+    if len(images) < LEAST:
+        raise ArgumentError(f"{len(images)} calibration images; expected at least {LEAST}")
 
 
 def compare(full: Tensor, reduced: Tensor) -> Fidelity:
@@ -103,8 +111,7 @@ class Calibration:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, *, keep: int = 0, progress: bool = True) -> None:
-        if len(images) < LEAST:
-            raise ArgumentError(f"{len(images)} calibration images; expected at least {LEAST}")
+        check_enough(images)
         if model.training:
             raise ArgumentError("the model is in train mode; call .eval() first")
         self.images, self.keep = images, keep
@@ -113,7 +120,7 @@ class Calibration:
         with torch.inference_mode():
             batches = tqdm(images.split(BATCH), desc="full model", unit="batch", disable=not progress)
             self.full = [model(batch) for batch in batches]
-        if self.full[0].ndim != 2 or self.full[0].shape[1] < 2:
+        if self.full[0].ndim != 2 or self.full[0].shape[1] < 2 or not getattr(model, "num_classes", 1):
             raise ArgumentError(f"the model's output has shape {tuple(self.full[0].shape)}; expected logits of classes")
 
     def _enter(self, fast: VWTokenizer) -> None:
@@ -182,6 +189,8 @@ class Calibration:
         Raises:
             ArgumentError: for counts that there are not, or labels that do not fit.
         """
+        if not 0 <= block < self.backbone.depth:
+            raise ArgumentError(f"block is {block}; expected an index from 0 to {self.backbone.depth - 1}")
         prefix, most = self.backbone.prefix, self.backbone.prefix + self.backbone.patches
         if self.fast.strategy is not None or not counts or not all(prefix < count <= most for count in counts):
             raise ArgumentError(

@@ -51,6 +51,8 @@ class Point:
         numbers = [row[name] for name in ("milliseconds", "ratio", "kl", "agreement")]
         if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
             raise DocumentError(f"{origin} has a point whose figures are no numbers; tune again")
+        if not isinstance(row["strategy"], dict | None):
+            raise DocumentError(f"{origin} has the strategy {row['strategy']!r}; tune again")
         return cls(**row | {"schedule": PruningSchedule.from_json(row["schedule"], origin)})
 
     def __str__(self) -> str:
@@ -131,10 +133,11 @@ class Plan:
         own = load_document(path, "plan", VERSION, [field.name for field in fields(cls)])
         if not isinstance(own["machine"], dict) or not {"cpu", "device"} <= set(own["machine"]):
             raise DocumentError(f"{path} does not say where it was tuned; tune again")
-        front = own["front"] if isinstance(own["front"], list) else [own["front"]]
+        if not isinstance(own["goal"], dict) or not isinstance(own["front"], list):
+            raise DocumentError(f"{path} has no goal or no front; tune again")
         points = {
             "chosen": Point.from_json(own["chosen"], str(path)),
-            "front": [Point.from_json(row, str(path)) for row in front],
+            "front": [Point.from_json(row, str(path)) for row in own["front"]],
         }
         return cls(**own | points)
 
@@ -148,6 +151,8 @@ def make_strategy(made: Mapping[str, Any] | None) -> Strategy | None:
     """
     if made is None:
         return None
+    if not isinstance(made, Mapping):
+        raise DocumentError(f"the plan's strategy is {made!r}; expected a name and its arguments; tune again")
     arguments = {name: value for name, value in made.items() if name != "name"}
     try:
         if made["name"] == "InterImage":

@@ -203,13 +203,35 @@ class LatencyProfile:
         Raises:
             DocumentError: if the file is missing, cut short, or no profile.
         """
-        profile = cls(**load_document(path, "profile", VERSION, [field.name for field in fields(cls)]))
-        profile._check_shape(str(path))
+        own = load_document(path, "profile", VERSION, [field.name for field in fields(cls)])
+        profile = cls.from_fields(own, str(path))
         if others := profile.elsewhere():
             warnings.warn(f"the profile {path} was measured elsewhere: {'; '.join(others)}", stacklevel=2)
         return profile
 
+    @classmethod
+    def from_fields(cls, own: dict[str, Any], origin: str) -> "LatencyProfile":
+        """A profile that was read.
+
+        Raises:
+            DocumentError: if it is none; `origin` names where it was read.
+        """
+        try:
+            profile = cls(**own)
+        except TypeError as error:
+            raise DocumentError(f"{origin} has not the fields of a profile; measure again") from error
+        profile._check_shape(origin)
+        return profile
+
     def _check_shape(self, origin: str) -> None:
+        whole = ("depth", "prefix", "patches", "batch_size")
+        numbers = {name: getattr(self, name) for name in (*whole, "embed", "head")}
+        for name, value in numbers.items():
+            if not isinstance(value, int if name in whole else int | float) or isinstance(value, bool) or value < 0:
+                raise DocumentError(f"{origin} has {name} {value!r}; expected a number; measure again")
+        checks = self.checks if isinstance(self.checks, list) else [None]
+        if not all(isinstance(c, dict) and {"predicted", "measured"} <= set(c) for c in checks):
+            raise DocumentError(f"{origin} has checks without figures; measure again")
         series = {name: getattr(self, name) for name in ("counts", "block", "attention", "counting")}
         lengths = dict.fromkeys(series, len(self.counts) if isinstance(self.counts, list) else 0)
         wanted = {"first": 1, **dict.fromkeys(KINDS, 2)}
@@ -225,6 +247,8 @@ class LatencyProfile:
                 or not all(isinstance(v, int | float) for v in values)
             ):
                 raise DocumentError(f"{origin} has not {length} numbers in {name!r}; measure again")
+        if sorted(set(self.counts)) != self.counts:
+            raise DocumentError(f"{origin} has counts that do not rise; measure again")
         if not isinstance(self.machine, dict) or not isinstance(self.machine.get("device"), str):
             raise DocumentError(f"{origin} does not say where it was measured; measure again")
 

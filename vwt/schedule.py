@@ -20,8 +20,8 @@ KEPT = (0.97, 1.01)  # of a budget: measured latency that is taken to use and to
 class PruningSchedule(Mapping[int, Reduction]):
     """Which blocks make fewer tokens of theirs, between attention and MLP.
 
-    A mapping from the index of a block, from 0, to `Prune` or `Merge`; a bare number means `Prune`. Empty, it prunes
-    nothing.
+    A mapping from the index of a block, from 0, to `Prune`, `Merge`, `Fuse` or `Absorb`; a bare number means
+    `Prune`. Empty, it prunes nothing.
 
     Args:
         reductions: by block; tokens to remove (`56`), or their share of the patch tokens that enter it (`0.3`).
@@ -173,7 +173,7 @@ class PruningSchedule(Mapping[int, Reduction]):
         lines = [f"{'block':>5}  {'tokens':>6}  reduction"]
         for block, count in enumerate(entering[:-1]):
             what = self.get(block)
-            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {'' if what is None else what!r}".rstrip())
+            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {'' if what is None else repr(what)}".rstrip())
         full, own = profile.predict(), profile.predict(self)
         lines.append(f"predicted {own:.2f} ms of {full:.2f} ms ({own / full:.3f}) for a batch of {profile.batch_size}")
         return "\n".join(lines)

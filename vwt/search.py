@@ -171,7 +171,7 @@ class Search:
             for block, kind in self.places
             if KINDS[kind].most(option.patches) > 0
         ]
-        return min(self.predict(candidate) for candidate in singles)
+        return min((self.predict(candidate) for candidate in singles), default=self.profile.predict())
 
     # -- what each does alone ----------------------------------------------------------------------------------------
 

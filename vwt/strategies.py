@@ -123,8 +123,7 @@ class Neighbours(nn.Module):
     Args:
         drop: share of the patches to drop, in [0, 0.5): all images lose as many; or
         threshold: cosine distance in [0, 2] up to which a patch is dropped: the image decides.
-        always: indices of patches that always stay, such as those that a model uses as attention sinks (see
-            `vwt.calibration.Calibration.sinks`).
+        always: indices of patches that always stay, such as those that a model uses as attention sinks.
 
     Raises:
         ArgumentError: unless exactly one of drop and threshold is given, in its range.
@@ -162,7 +161,7 @@ class Neighbours(nn.Module):
         board = self._board(grid, features.device)
         unit = F.normalize(features.float(), dim=-1)
         likeness = (unit @ unit.transpose(-2, -1)).flatten(1).index_select(1, board.pairs)
-        best, side = (likeness.view(len(unit), -1, 4) + board.outside).max(dim=-1)
+        best, side = (likeness.unflatten(1, (-1, 4)) + board.outside).max(dim=-1)
         drop = self._dropped if self.threshold is None else self._dropped_within
         return drop(best, side, board, grid)
 

@@ -218,7 +218,8 @@ class VWTokenizer(nn.Module):
 
     def _merge_and_pack(self, embedded: Embedded, words: Words) -> Packed:
         proportion = getattr(self.strategy, "proportion", 0.0)
-        sizes = words.sizes if proportion or (self.schedule and words.kept is None) else None
+        # Without schedule too: reductions are tried on what is packed here (see `vwt.calibration`).
+        sizes = words.sizes if proportion or words.kept is None else None
         return self.backbone.pack(embedded, words, sizes, proportion)
 
     def _answer(self, packed: Packed, words: Words) -> Tensor:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vwt.calibration import ENOUGH, Calibration, load_images, measure_latency
+from vwt.calibration import ENOUGH, Calibration, check_enough, load_images, measure_latency
 from vwt.documents import write_json
-from vwt.errors import ArgumentError
+from vwt.errors import ArgumentError, DocumentError
 from vwt.plan import Plan, Point, describe, make_strategy
 from vwt.profile import LatencyProfile
 from vwt.schedule import PruningSchedule
@@ -70,8 +70,13 @@ def tune(
     goal = _check_goal(ratio, milliseconds, agreement)
     if batch_size < 1:
         raise ArgumentError(f"batch_size is {batch_size}; expected at least 1")
+    if notes is not None and not Path(notes).absolute().parent.is_dir():
+        raise ArgumentError(f"cannot write {notes}: there is no such folder; make it, or choose another place")
     if not isinstance(images, Tensor):
         images = load_images(images, model, ENOUGH, seed=seed, progress=progress)
+    check_enough(images)
+    if len(images) < batch_size:
+        raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
     notes_ = _Notes(notes, model, images, batch_size, seed)
     profile = notes_.profile or LatencyProfile.measure(model, batch_size, seed=seed, progress=progress)
     notes_.keep_profile(profile)
@@ -227,14 +232,16 @@ class _Notes(dict[str, float]):
         super().__init__()
         self.path = None if path is None else Path(path)
         digest = hashlib.sha256(images.detach().float().cpu().numpy().tobytes())
+        for weight in model.parameters():  # of which a checksum would take long; their sums tell checkpoints apart
+            digest.update(f"{tuple(weight.shape)} {float(weight.detach().double().sum())!r}".encode())
         digest.update(json.dumps([LatencyProfile.identify(model), batch_size, seed, len(images)], default=str).encode())
         self.profile: LatencyProfile | None = None
         self.head: dict[str, Any] = {"of": digest.hexdigest(), "profile": None}
         if self.path is not None and self.path.exists():
             kept = read_notes(self.path)
-            if kept.get("of") == self.head["of"]:
-                super().update(kept["measured"])
-                self.keep_profile(LatencyProfile(**kept["profile"]))
+            if kept is not None and kept[0] == self.head["of"]:
+                super().update(kept[1])
+                self.keep_profile(kept[2])
 
     def keep_profile(self, profile: LatencyProfile) -> None:
         """Latency belongs to what was measured: budgets must be the same when it goes on."""
@@ -247,7 +254,10 @@ class _Notes(dict[str, float]):
 
     def _write(self) -> None:
         if self.path is not None:
-            write_json(self.path, {**self.head, "measured": dict(self)})
+            try:
+                write_json(self.path, {**self.head, "measured": dict(self)})
+            except OSError as error:
+                raise DocumentError(f"cannot write {self.path}: {error.strerror}; choose another place") from error
 
     def remove(self) -> None:
         """All is done."""
@@ -255,13 +265,14 @@ class _Notes(dict[str, float]):
             self.path.unlink(missing_ok=True)
 
 
-def read_notes(path: Path) -> dict[str, Any]:
-    """What an interrupted call left; nothing where that is damaged."""
+def read_notes(path: Path) -> tuple[str, dict[str, float], LatencyProfile] | None:
+    """What an interrupted call left: of what, what was measured, and the profile; None where that is damaged."""
     try:
         kept = json.loads(path.read_text())
-        return kept if isinstance(kept, dict) and isinstance(kept.get("profile"), dict) else {}
-    except (OSError, ValueError):
-        return {}
+        measured = {str(name): float(value) for name, value in kept["measured"].items()}
+        return kept["of"], measured, LatencyProfile.from_fields(kept["profile"], str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DocumentError):
+        return None
 
 
 def _known(strategy: Strategy | None) -> Strategy:
