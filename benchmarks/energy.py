@@ -257,7 +257,7 @@ def in_int8(model: nn.Module) -> Module:
 
         low = copy.deepcopy(model)
         quantize_(low, Int8DynamicActivationInt8WeightConfig())
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ArgumentError("torchao is not installed; pip install 'vwt[int8]'") from error
     except Exception as error:  # of whichever kernel this device lacks
         raise ArgumentError(f"torchao cannot quantize it: {first_line(error)}") from error

@@ -21,7 +21,12 @@ DIM = 16  # of a head
 def make_table(kind, grid=GRID):
     torch.manual_seed(0)
     options = {"cat": {"in_pixels": False, "ref_feat_shape": (4, 4)}, "mixed": {"depth": 2}}.get(kind, {})
-    rope = create_rope_embed(kind, dim=2 * DIM, num_heads=2, feat_shape=grid, **options)
+    try:
+        rope = create_rope_embed(kind, dim=2 * DIM, num_heads=2, feat_shape=grid, **options)
+    except ValueError as error:
+        if "Unknown RoPE type" not in str(error):
+            raise
+        pytest.skip(f"timm {timm.__version__}: {error}")
     return rope.get_embed(shape=grid).detach()
 
 

@@ -183,7 +183,7 @@ class VWTokenizer(nn.Module):
         return words
 
     def _changes_nothing(self, images: Tensor) -> bool:
-        return not len(images) or (self.strategy is None and not self.schedule)
+        return not len(images) or (self.strategy is None and len(self.schedule) == 0)
 
     def pack(self, images: Tensor) -> tuple[Packed, Words]:
         """Images (B, C, H, W) to the tokens that enter the first block, prefix tokens first, and their Words."""
