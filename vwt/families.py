@@ -18,9 +18,9 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vwt.errors import ImageError, ModelError
-from vwt.packing import Beside, fuses
-from vwt.patches import embed, patchify
+from vwt.errors import ArgumentError, ImageError, ModelError
+from vwt.packing import Beside, fuses, packable
+from vwt.patches import embed, from_transformers, patchify
 from vwt.pruning import Half
 
 _PRE_NORM = (Block, EvaBlock, BeitBlock)
@@ -71,6 +71,20 @@ class Family:
     def forward(self, images: Tensor) -> Any:
         """What the model itself answers."""
         return self.model(images)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The model's own encoded tokens (B, P + N, C)."""
+        return self.model.forward_features(images)
+
+    def arguments(self, images: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+        """The images among what a wrapped model was called with.
+
+        Raises:
+            ArgumentError: for options that mean nothing to reduced tokens.
+        """
+        if options:
+            raise ArgumentError(f"VWTokenizer takes images alone, without {', '.join(options)}; call it without")
+        return images
 
     # -- embedding -----------------------------------------------------------------------------------------------------
 
@@ -146,6 +160,11 @@ class Family:
         """Whether a token may stand for patches of several places."""
         return True
 
+    @property
+    def packable(self) -> bool:
+        """Whether blocks can run on packed images; see `vwt.packing.packable`."""
+        return packable(self.blocks)
+
     def norm_before(self, tokens: Tensor) -> Tensor:
         """Tokens through what the model does before its first block."""
         return self.model.norm_pre(tokens)
@@ -204,8 +223,13 @@ class Family:
         """Whether it pools over prefix tokens too."""
         return bool(getattr(self.model, "pool_include_prefix", False))
 
-    def head(self, tokens: Tensor) -> Any:
-        """Encoded tokens (B, n, C) to the model's output."""
+    @property
+    def returns_features(self) -> bool:
+        """Whether the model's output holds the encoded tokens of the full grid, beside what the head says."""
+        return False
+
+    def head(self, tokens: Tensor, features: Tensor | None = None) -> Any:
+        """Encoded tokens (B, n, C), and the full grid (B, P + N, C) if `returns_features`, to the model's output."""
         return self.model.forward_head(tokens)
 
 
@@ -370,6 +394,10 @@ def family_of(model: Any) -> Family:
     for family in FAMILIES:
         if isinstance(model, family.MODEL):
             return family(model)
+    if from_transformers(model):
+        from vwt.hf import tower_of
+
+        return tower_of(model)
     if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict | nn.DataParallel):
         raise ModelError(f"{kind} is not supported: it only holds models; wrap the Vision Transformer inside it")
     names = ", ".join(family.MODEL.__name__ for family in FAMILIES)
