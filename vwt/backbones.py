@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from vwt.checking import check_parts
 from vwt.errors import ImageError, ModelError
-from vwt.families import Embedded, family_of
+from vwt.families import FAMILIES, Embedded, Family
 from vwt.models import create_model as create_model
 from vwt.packing import Beside, Packed, pack, run_blocks, unpack
+from vwt.patches import from_transformers
 from vwt.positions import Places, grid_places, place_words
 from vwt.pruning import Half, Reduction, Step, follow, reduce_between
 from vwt.words import Words, fill, keep_all, merge
@@ -275,6 +276,34 @@ class Backbone:
         pooled = torch.cat([_pool(tokens, size, self.prefix, skipped, pool) for tokens, size in images])
         pooled = pooled[:, None].to(packed.values.dtype)
         return torch.cat([prefix[:, :skipped], pooled], dim=1)
+
+
+def family_of(model: Any) -> Family:
+    """The adapter of a model.
+
+    Raises:
+        ModelError: if there is none; says what to do.
+    """
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{kind} is not supported: the model is scripted or traced; wrap it first, and export after")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(f"{kind} is not supported: the model is compiled; wrap it first, and compile the wrapper")
+    for family in FAMILIES:
+        if isinstance(model, family.MODEL):
+            return family(model)
+    if from_transformers(model):
+        from vwt.hf import tower_of
+
+        return tower_of(model)
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict | nn.DataParallel):
+        raise ModelError(f"{kind} is not supported: it only holds models; wrap the Vision Transformer inside it")
+    names = ", ".join(family.MODEL.__name__ for family in FAMILIES)
+    raise ModelError(
+        f"{kind} is not supported: it is of no family that vwt knows, in which all blocks attend over one sequence of "
+        f"patches, without windows, pooling or convolutions; take one of timm's {names} (see `vwt models`), or "
+        "transformers' CLIP, ViT, DINOv2 or SigLIP"
+    )
 
 
 def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.packing import Beside, fuses, packable
-from vwt.patches import embed, from_transformers, patchify
+from vwt.patches import embed, patchify
 from vwt.pruning import Half
 
 _PRE_NORM = (Block, EvaBlock, BeitBlock)
@@ -378,33 +378,6 @@ class BeitFamily(Family):
 
 
 FAMILIES: tuple[type[Family], ...] = (Family, EvaFamily, BeitFamily, NaFlexFamily)
-
-
-def family_of(model: Any) -> Family:
-    """The adapter of a model.
-
-    Raises:
-        ModelError: if there is none; says what to do.
-    """
-    kind = f"{type(model).__module__}.{type(model).__name__}"
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"{kind} is not supported: the model is scripted or traced; wrap it first, and export after")
-    if hasattr(model, "_orig_mod"):
-        raise ModelError(f"{kind} is not supported: the model is compiled; wrap it first, and compile the wrapper")
-    for family in FAMILIES:
-        if isinstance(model, family.MODEL):
-            return family(model)
-    if from_transformers(model):
-        from vwt.hf import tower_of
-
-        return tower_of(model)
-    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict | nn.DataParallel):
-        raise ModelError(f"{kind} is not supported: it only holds models; wrap the Vision Transformer inside it")
-    names = ", ".join(family.MODEL.__name__ for family in FAMILIES)
-    raise ModelError(
-        f"{kind} is not supported: it is of no family that vwt knows, in which all blocks attend over one sequence of "
-        f"patches, without windows, pooling or convolutions; take one of timm's {names} (see `vwt models`)"
-    )
 
 
 def _scale(block: Any, half: int, output: Tensor) -> Tensor:

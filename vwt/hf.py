@@ -74,14 +74,11 @@ class Tower(Family):
         options = dict(options)
         if images is None:
             images = options.pop("pixel_values", None)
-        given = [
-            name
-            for name, value in options.items()
-            if value not in ((None, True) if name == "return_dict" else (None, False))
-        ]
-        if given:
+        idle = {name for name, value in options.items() if value is None or value is (name == "return_dict")}
+        options = {name: value for name, value in options.items() if name not in idle}
+        if options:
             raise ArgumentError(
-                f"{type(self.model).__name__} on fewer tokens takes pixel_values alone, without {', '.join(given)}; "
+                f"{type(self.model).__name__} on fewer tokens takes pixel_values alone, without {', '.join(options)}; "
                 "call it without, or the model itself as .model"
             )
         return images
