@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
-from vwt import Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer, build_codebook
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.patches import PatchSpec, patchify
 
@@ -205,6 +206,18 @@ def test_more_outputs_are_refused():
     model.config.output_hidden_states = True
     with pytest.raises(ModelError, match=r"set model.config.output_hidden_states = False"):
         VWTokenizer(model)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("space", ["pixel", "embedding"])
+def test_codebooks_are_built_for_them(tmp_path, space):
+    (tmp_path / "one").mkdir()
+    for index in range(4):
+        noise = torch.randint(256, (80, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
+        Image.fromarray(noise.numpy()).save(tmp_path / "one" / f"{index}.png")
+    model = make_model("siglip")
+    book = build_codebook(tmp_path, model, words=8, space=space, workers=0, progress=False)
+    assert VWTokenizer(model, InterImage(book, 2.0)).tokenize(make_images()).counts.max() <= 8
 
 
 class Louder(ViTModel):

@@ -257,8 +257,11 @@ class Backbone:
         patches, or returns them, it gets them on the full grid.
         """
         pool = self.family.pool
-        full = None if pool and not self.family.returns_features else self.full(packed, words, steps)
-        return self.family.head(full if not pool else self._read(packed, words, steps, pool), full)
+        if not pool:
+            full = self.full(packed, words, steps)
+            return self.family.head(full, full)
+        features = self.full(packed, words, steps) if self.family.returns_features else None
+        return self.family.head(self._read(packed, words, steps, pool), features)
 
     def _read(self, packed: Packed, words: Words, steps: Sequence[Step], pool: str) -> Tensor:
         """What a head that pools reads: prefix tokens, then the pool of all."""

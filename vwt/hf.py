@@ -50,17 +50,17 @@ class Tower(Family):
     NORMALISATION: Mapping[str, tuple[float, ...]] | None = None  # where all checkpoints have the same
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
         self.tower: Any = model if isinstance(model, self.MODEL) else getattr(model, self.INSIDE)
-        self.config = self.tower.config
+        self.config: Any = self.tower.config
         kind = type(model).__name__
-        attention = self.config._attn_implementation
+        attention = getattr(self.config, "_attn_implementation", None)
         if attention != "sdpa":
             raise ModelError(
                 f"this {kind} attends with {attention!r}, which vwt cannot tell where an image ends; create it with "
                 'attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
             )
-        for config in (model.config, self.config):
+        for config in (self.model.config, self.config):
             for name in ("output_hidden_states", "output_attentions"):
                 if getattr(config, name, False):
                     raise ModelError(
@@ -209,7 +209,7 @@ class Tower(Family):
     def head(self, tokens: Tensor, features: Tensor | None = None) -> Any:
         """See `Family`."""
         if not self.returns_features:
-            output = ImageClassifierOutput(logits=self.model.classifier(self.classified(tokens)))
+            output: Any = ImageClassifierOutput(logits=self.model.classifier(self.classified(tokens)))
         elif self.model is self.tower:
             output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.pooled(tokens))
         else:
@@ -372,15 +372,16 @@ def tower_of(model: nn.Module) -> Tower:
     )
 
 
-def describe(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """The patch projection of a model, and what of timm's pretrained_cfg is known of it: its name, mean and std.
+def describe(model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    """The patch projection of a model, and what of timm's pretrained_cfg is known of it.
 
     The normalisation is that of `model.pretrained_cfg` where it has been set, else that of the image processor that is
     stored beside the model's weights, else that of all models of its family, if they have one.
     """
     tower = tower_of(model)
-    name = model.config.name_or_path
-    cfg = {"architecture": name or type(model).__name__, **(getattr(model, "pretrained_cfg", None) or {})}
+    name = tower.model.config.name_or_path
+    known = {"architecture": name or type(model).__name__, "input_size": tower.input_shape, "interpolation": "bicubic"}
+    cfg = {**known, **(getattr(model, "pretrained_cfg", None) or {})}
     if cfg.get("mean") and cfg.get("std"):
         return tower.projection, cfg
     stored = _stored_normalisation(name) if name else None

@@ -49,8 +49,8 @@ class PatchSpec:
         if from_transformers(model):
             from vwt.hf import describe
 
-            proj, cfg = describe(model)
-            patch_embed, size, remedy = proj, proj.kernel_size, "save its image processor beside its weights, or"
+            patch_embed, cfg = describe(model)
+            proj, size, remedy = patch_embed, patch_embed.kernel_size, "save its image processor beside its weights, or"
         elif patch_embed is None or not hasattr(patch_embed, "patch_size"):
             raise ModelError(
                 f"{type(model).__name__} has no patch embedding (`patch_embed.patch_size`); "
