@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from vwt.checking import check_parts
 from vwt.errors import ImageError, ModelError
-from vwt.families import Embedded, family_of
+from vwt.families import FAMILIES, Embedded, Family
 from vwt.models import create_model as create_model
-from vwt.packing import Beside, Packed, pack, packable, run_blocks, unpack
+from vwt.packing import Beside, Packed, pack, run_blocks, unpack
+from vwt.patches import from_transformers
 from vwt.positions import Places, grid_places, place_words
 from vwt.pruning import Half, Reduction, Step, follow, reduce_between
 from vwt.words import Words, fill, keep_all, merge
@@ -116,8 +117,8 @@ class Backbone:
             f"several patches has no single position: {why}"
         )
 
-    def check(self, images: Tensor) -> None:
-        """Raise ImageError, saying what to do, unless the model takes these images."""
+    def check(self, images: Tensor | None) -> Tensor:
+        """The images; raise ImageError, saying what to do, unless the model takes them."""
         if not isinstance(images, Tensor):
             raise ImageError(
                 f"images are {type(images).__name__}; expected a torch.Tensor (batch, channels, height, width)"
@@ -138,6 +139,7 @@ class Backbone:
                 + ("cast one to the other" if images.is_floating_point() else "scale and normalise them for the model")
             )
         self.family.check_size((images.shape[2], images.shape[3]))
+        return images
 
     def check_reducible(self) -> None:
         """Raise ModelError if the model itself drops patches at random, as it does in training with patch dropout."""
@@ -198,7 +200,7 @@ class Backbone:
         """Whether images of different lengths have to run one after another."""
         # Checkpointed blocks run again in the backward pass, when nothing answers their attention image by image.
         recomputed = self.family.checkpoints and torch.is_grad_enabled()
-        return not packed.is_dense and (recomputed or not packable(self.family.blocks))
+        return not packed.is_dense and (recomputed or not self.family.packable)
 
     def _run(self, blocks: list[Any], tokens: Tensor, beside: Beside | None) -> Tensor:
         """Tokens (B, n, D) through blocks, with what these are given beside them."""
@@ -217,8 +219,8 @@ class Backbone:
 
     @property
     def reads_prefix_only(self) -> bool:
-        """Whether the head looks at prefix tokens only."""
-        return self.family.pool == "token"
+        """Whether the model's output depends on encoded prefix tokens only."""
+        return self.family.pool == "token" and not self.family.returns_features
 
     def answer(
         self, packed: Packed, words: Words, reductions: Mapping[int, Reduction] = NOTHING, start: int = 0
@@ -256,10 +258,16 @@ class Backbone:
         """
         pool = self.family.pool
         if not pool:
-            return self.family.head(self.full(packed, words, steps))
+            full = self.full(packed, words, steps)
+            return self.family.head(full, full)
+        features = self.full(packed, words, steps) if self.family.returns_features else None
+        return self.family.head(self._read(packed, words, steps, pool), features)
+
+    def _read(self, packed: Packed, words: Words, steps: Sequence[Step], pool: str) -> Tensor:
+        """What a head that pools reads: prefix tokens, then the pool of all."""
         prefix, _ = unpack(packed, self.prefix)
-        if self.reads_prefix_only:
-            return self.family.head(prefix)
+        if pool == "token":
+            return prefix
         words = follow(fill(words), steps)
         sizes = words.sizes
         if packed.is_dense:
@@ -270,7 +278,35 @@ class Backbone:
         skipped = 0 if self.family.pools_prefix else self.prefix
         pooled = torch.cat([_pool(tokens, size, self.prefix, skipped, pool) for tokens, size in images])
         pooled = pooled[:, None].to(packed.values.dtype)
-        return self.family.head(torch.cat([prefix[:, :skipped], pooled], dim=1))
+        return torch.cat([prefix[:, :skipped], pooled], dim=1)
+
+
+def family_of(model: Any) -> Family:
+    """The adapter of a model.
+
+    Raises:
+        ModelError: if there is none; says what to do.
+    """
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{kind} is not supported: the model is scripted or traced; wrap it first, and export after")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(f"{kind} is not supported: the model is compiled; wrap it first, and compile the wrapper")
+    for family in FAMILIES:
+        if isinstance(model, family.MODEL):
+            return family(model)
+    if from_transformers(model):
+        from vwt.hf import tower_of
+
+        return tower_of(model)
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict | nn.DataParallel):
+        raise ModelError(f"{kind} is not supported: it only holds models; wrap the Vision Transformer inside it")
+    names = ", ".join(family.MODEL.__name__ for family in FAMILIES)
+    raise ModelError(
+        f"{kind} is not supported: it is of no family that vwt knows, in which all blocks attend over one sequence of "
+        f"patches, without windows, pooling or convolutions; take one of timm's {names} (see `vwt models`), or "
+        "transformers' CLIP, ViT, DINOv2 or SigLIP"
+    )
 
 
 def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -> Tensor:

@@ -18,8 +18,8 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vwt.errors import ImageError, ModelError
-from vwt.packing import Beside, fuses
+from vwt.errors import ArgumentError, ImageError, ModelError
+from vwt.packing import Beside, fuses, packable
 from vwt.patches import embed, patchify
 from vwt.pruning import Half
 
@@ -71,6 +71,20 @@ class Family:
     def forward(self, images: Tensor) -> Any:
         """What the model itself answers."""
         return self.model(images)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The model's own encoded tokens (B, P + N, C)."""
+        return self.model.forward_features(images)
+
+    def arguments(self, images: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+        """The images among what a wrapped model was called with.
+
+        Raises:
+            ArgumentError: for options that mean nothing to reduced tokens.
+        """
+        if options:
+            raise ArgumentError(f"VWTokenizer takes images alone, without {', '.join(options)}; call it without")
+        return images
 
     # -- embedding -----------------------------------------------------------------------------------------------------
 
@@ -146,6 +160,11 @@ class Family:
         """Whether a token may stand for patches of several places."""
         return True
 
+    @property
+    def packable(self) -> bool:
+        """Whether blocks can run on packed images; see `vwt.packing.packable`."""
+        return packable(self.blocks)
+
     def norm_before(self, tokens: Tensor) -> Tensor:
         """Tokens through what the model does before its first block."""
         return self.model.norm_pre(tokens)
@@ -204,8 +223,13 @@ class Family:
         """Whether it pools over prefix tokens too."""
         return bool(getattr(self.model, "pool_include_prefix", False))
 
-    def head(self, tokens: Tensor) -> Any:
-        """Encoded tokens (B, n, C) to the model's output."""
+    @property
+    def returns_features(self) -> bool:
+        """Whether the model's output holds the encoded tokens of the full grid, beside what the head says."""
+        return False
+
+    def head(self, tokens: Tensor, features: Tensor | None = None) -> Any:
+        """Encoded tokens (B, n, C), and the full grid (B, P + N, C) if `returns_features`, to the model's output."""
         return self.model.forward_head(tokens)
 
 
@@ -354,29 +378,6 @@ class BeitFamily(Family):
 
 
 FAMILIES: tuple[type[Family], ...] = (Family, EvaFamily, BeitFamily, NaFlexFamily)
-
-
-def family_of(model: Any) -> Family:
-    """The adapter of a model.
-
-    Raises:
-        ModelError: if there is none; says what to do.
-    """
-    kind = f"{type(model).__module__}.{type(model).__name__}"
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"{kind} is not supported: the model is scripted or traced; wrap it first, and export after")
-    if hasattr(model, "_orig_mod"):
-        raise ModelError(f"{kind} is not supported: the model is compiled; wrap it first, and compile the wrapper")
-    for family in FAMILIES:
-        if isinstance(model, family.MODEL):
-            return family(model)
-    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict | nn.DataParallel):
-        raise ModelError(f"{kind} is not supported: it only holds models; wrap the Vision Transformer inside it")
-    names = ", ".join(family.MODEL.__name__ for family in FAMILIES)
-    raise ModelError(
-        f"{kind} is not supported: it is of no family that vwt knows, in which all blocks attend over one sequence of "
-        f"patches, without windows, pooling or convolutions; take one of timm's {names} (see `vwt models`)"
-    )
 
 
 def _scale(block: Any, half: int, output: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from vwt.datasets import Batch, ImageSource
 from vwt.errors import DataError
-from vwt.patches import PatchSpec, Space, embed, normalise, patchify
+from vwt.patches import PatchSpec, Space, embed, from_transformers, normalise, patchify
 
 _BATCH = 4  # images; larger ones are no faster, and leave holes in the heap that make memory grow
 
@@ -92,8 +92,7 @@ class FeatureStream:
     def _features(self, batch: Batch) -> Tensor:
         images = normalise(batch.images.to(self.device), self.spec.mean, self.spec.std)
         if self.space == "embedding":
-            output, _ = embed(self.model.patch_embed, images.to(self.dtype))  # type: ignore[arg-type]
-            features = output.flatten(1, -2).float()
+            features = self._project(images.to(self.dtype)).float()
         else:
             features = patchify(images, self.spec.patch_size)
         finite = torch.isfinite(features.sum(dim=(1, 2)))
@@ -104,6 +103,15 @@ class FeatureStream:
                 "are the model's weights finite?"
             )
         return features
+
+    def _project(self, images: Tensor) -> Tensor:
+        """The patch projection's output (B, N, D) without position."""
+        if from_transformers(self.model):
+            from vwt.hf import tower_of
+
+            return tower_of(self.model).embed(images).project()
+        output, _ = embed(self.model.patch_embed, images)  # type: ignore[arg-type]
+        return output.flatten(1, -2)
 
     def _note_skipped(self, batch: Batch) -> None:
         for index, name, reason in batch.skipped:

@@ -282,7 +282,9 @@ class _Attention(TorchFunctionMode):
         self, packed: Packed, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
     ) -> Tensor:
         plain = all(attend is None for attend in self.attends)
-        if plain and _varlen_takes(query, key, value, [*rest, *kwargs.values()]):
+        own_scale = kwargs.get("scale") == query.shape[-1] ** -0.5  # what it scales by anyway
+        options = [*rest, *(value for name, value in kwargs.items() if not (own_scale and name == "scale"))]
+        if plain and _varlen_takes(query, key, value, options):
             return self._varlen(packed, query, key, value)
         runs = zip(self.attends, *(t.split(list(packed.lengths), dim=-2) for t in (query, key, value)), strict=True)
         # Joined in the memory order of tokens, heads last, which is what blocks make of it next.

@@ -38,24 +38,31 @@ class PatchSpec:
 
     @classmethod
     def of(cls, model: nn.Module) -> "PatchSpec":
-        """Read the spec off a timm model.
+        """Read the spec off a model of timm or transformers.
 
         Raises:
             ModelError: if the model has no patch embedding or no known normalisation.
         """
-        patch_embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-        if patch_embed is None or not hasattr(patch_embed, "patch_size"):
+        patch_embed: Any = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        remedy = "create it with timm.create_model, or"
+        if from_transformers(model):
+            from vwt.hf import describe
+
+            patch_embed, cfg = describe(model)
+            proj, size, remedy = patch_embed, patch_embed.kernel_size, "save its image processor beside its weights, or"
+        elif patch_embed is None or not hasattr(patch_embed, "patch_size"):
             raise ModelError(
                 f"{type(model).__name__} has no patch embedding (`patch_embed.patch_size`); "
-                "visual words need a Vision Transformer of timm"
+                "visual words need a Vision Transformer of timm or transformers"
             )
-        cfg = getattr(model, "pretrained_cfg", None) or {}
+        else:
+            proj, size = getattr(patch_embed, "proj", None), patch_embed.patch_size
         if not cfg.get("mean") or not cfg.get("std"):
             raise ModelError(
-                f"the normalisation of this {type(model).__name__} is unknown; create it with timm.create_model, "
-                "or set model.pretrained_cfg = {'mean': ..., 'std': ...}"
+                f"the normalisation of this {type(model).__name__} is unknown; {remedy} "
+                "set model.pretrained_cfg = {'mean': ..., 'std': ...}"
             )
-        proj, size = getattr(patch_embed, "proj", None), patch_embed.patch_size
         patch_size = size if isinstance(size, tuple) else (size, size)
         channels = _channels(proj, patch_size)
         if channels is None or hasattr(patch_embed, "backbone"):
@@ -76,8 +83,13 @@ class PatchSpec:
             patch_size=(int(height), int(width)),
             mean=tuple(float(m) for m in cfg["mean"]),
             std=tuple(float(s) for s in cfg["std"]),
-            projection=projection_checksums(patch_embed if hasattr(model, "patch_embed") else patch_embed.proj),
+            projection=projection_checksums(proj if hasattr(model, "embeds") else patch_embed),
         )
+
+
+def from_transformers(model: Any) -> bool:
+    """Whether a model is one of transformers, or a subclass of one; it is not imported to say so."""
+    return any(kind.__module__.split(".")[0] == "transformers" for kind in type(model).__mro__)
 
 
 def _channels(projection: Any, patch_size: tuple[int, int]) -> int | None:

@@ -80,13 +80,17 @@ class VWTokenizer(nn.Module):
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | None = None, **options: Any) -> Any:
         """Images (B, C, H, W), normalised for the model, to what `model(images)` would return.
+
+        Models of transformers may be given them as `pixel_values`, as they are themselves.
 
         Raises:
             ImageError: for images of the wrong shape, size or dtype.
         """
-        self.backbone.check(images)
+        if images is None or options:
+            images = self.backbone.family.arguments(images, options)
+        images = self.backbone.check(images)
         if self._changes_nothing(images):
             return self.model(images)
         packed, words = self.pack(images)
@@ -104,7 +108,7 @@ class VWTokenizer(nn.Module):
         """
         self.backbone.check(images)
         if unmerge and self._changes_nothing(images):
-            return self.model.forward_features(images)
+            return self.backbone.family.forward_features(images)
         packed, words = self.pack(images)
         packed, steps = self.backbone.encode_packed(packed, self.schedule)
         return self.backbone.full(packed, words, steps) if unmerge else (packed, follow(words, steps))
@@ -141,7 +145,7 @@ class VWTokenizer(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ArgumentError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'")
         self.backbone.check(images)
-        if self._changes_nothing(images):
+        if self._changes_nothing(images) and hasattr(self.model, "forward_intermediates"):
             return self.model.forward_intermediates(
                 images, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, **options
             )
@@ -222,7 +226,7 @@ class VWTokenizer(nn.Module):
         sizes = words.sizes if proportion or words.kept is None else None
         return self.backbone.pack(embedded, words, sizes, proportion)
 
-    def _answer(self, packed: Packed, words: Words) -> Tensor:
+    def _answer(self, packed: Packed, words: Words) -> Any:
         return self.backbone.answer(self.backbone.enter(packed), words, self.schedule)
 
     # torch.compile would compile these again for each list of lengths. What runs uncompiled hands on a tensor, of whose
