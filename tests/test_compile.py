@@ -14,6 +14,10 @@ from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.pruning import Fuse
 from vwt.strategies import Neighbours
 
+pytestmark = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10),
+    reason="torch before 2.10 cannot trace reduced models",
+)
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 # Graphs for the first count of tokens; one more, with any count, for the second.
 STATIC, DYNAMIC = 3, 4
