@@ -20,7 +20,8 @@ from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.errors import ArgumentError, ModelError
 from vwt.packing import Packed
-from vwt.pruning import Absorb, Fuse, FusePlan, attend_explicitly, importance, match, patches_entering, prune
+from vwt.pruning import Absorb, Fuse, attend_explicitly, importance, patches_entering
+from vwt.regrouping import FusePlan, match, prune
 from vwt.words import unmerge
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

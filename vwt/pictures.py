@@ -18,7 +18,8 @@ from torch import Tensor
 from vwt.codebook import Codebook
 from vwt.patches import PatchSpec, normalise, patchify, unpatchify
 from vwt.plots import colour_groups, new_figure
-from vwt.pruning import PrunePlan, follow
+from vwt.pruning import follow
+from vwt.regrouping import PrunePlan
 from vwt.tokenizer import VWTokenizer
 from vwt.words import Words
 
