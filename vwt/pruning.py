@@ -136,7 +136,7 @@ class Merge(Reduction):
         return match(seen, self.removed(seen.shape[1]), prefix)
 
 
-class Fuse(Reduction):
+class Fuse(Merge):
     """Merge pairs of patches that are alike and that the class token hardly looks at.
 
     As `Merge`, with what was measured to keep the answer better, above all in early blocks: likeness is that of the
@@ -147,11 +147,6 @@ class Fuse(Reduction):
     Args:
         amount: R, at least 1, or its share of the patch tokens that enter, in (0, 1); at most a half.
     """
-
-    @staticmethod
-    def most(patches: int) -> int:
-        """Every other token can merge into one of the rest."""
-        return patches // 2
 
     def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
         """Fused attention; the first prefix token's attention to all patches (B, m) is kept."""
