@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from vwt.checking import check_parts
-from vwt.errors import ImageError, ModelError
+from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.families import FAMILIES, Embedded, Family
 from vwt.models import create_model as create_model
 from vwt.packing import Beside, Packed, pack, run_blocks, unpack
@@ -27,7 +28,7 @@ class Backbone:
     """The parts of a model, called one by one; the model itself is not changed.
 
     Args:
-        model: of one of `vwt.families.FAMILIES`.
+        model: see `vwt.VWTokenizer`.
         check: compare the parts with the model on one random image (see `vwt.checking.check_parts`).
 
     Raises:
@@ -146,6 +147,15 @@ class Backbone:
         if self.family.drops_patches:
             raise ModelError("the model drops patches itself (patch_drop_rate) in train mode; call .eval() first")
 
+    def check_alone(self) -> None:
+        """Raise ArgumentError for a model of images and text, of which only the vision tower can be measured."""
+        if self.family.within is not None:
+            kind = type(self.model).__name__
+            raise ArgumentError(
+                f"{kind} is a model of images and text; measure its vision tower, model.vision_model, and give what is "
+                f"found to VWTokenizer({kind}, ...)"
+            )
+
     def check_reductions(self, reductions: Mapping[int, Reduction]) -> None:
         """Raise ModelError if the blocks cannot make fewer tokens of theirs."""
         if reductions and not self.family.moves_places:
@@ -263,6 +273,20 @@ class Backbone:
         features = self.full(packed, words, steps) if self.family.returns_features else None
         return self.family.head(self._read(packed, words, steps, pool), features)
 
+    def attended(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> tuple[Tensor, Tensor]:
+        """Encoded tokens (see `full`) for another model to attend.
+
+        A token counts as often as patches that it stands for, so that attending it is attending the full grid; what
+        pads an image stands for none, and log 0 masks it.
+
+        Returns:
+            The tokens (B, n, C), n the most of an image, and what is added to the logits of attention (B, 1, 1, n).
+        """
+        sizes = follow(fill(words), steps).sizes.split([length - self.prefix for length in packed.lengths])
+        counted = pad_sequence([F.pad(own, (self.prefix, 0), value=1.0) for own in sizes], batch_first=True)
+        tokens = pad_sequence(list(packed.split()), batch_first=True)
+        return tokens, counted.log().to(tokens.dtype)[:, None, None]
+
     def _read(self, packed: Packed, words: Words, steps: Sequence[Step], pool: str) -> Tensor:
         """What a head that pools reads: prefix tokens, then the pool of all."""
         prefix, _ = unpack(packed, self.prefix)
@@ -305,7 +329,7 @@ def family_of(model: Any) -> Family:
     raise ModelError(
         f"{kind} is not supported: it is of no family that vwt knows, in which all blocks attend over one sequence of "
         f"patches, without windows, pooling or convolutions; take one of timm's {names} (see `vwt models`), or "
-        "transformers' CLIP, ViT, DINOv2 or SigLIP"
+        "transformers' CLIP, BLIP, ViT, DINOv2 or SigLIP"
     )
 
 

@@ -7,7 +7,7 @@ Nothing of a model's forward pass is copied here. What an adapter says is checke
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import PatchEmbed
@@ -22,6 +22,9 @@ from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.packing import Beside, fuses, packable
 from vwt.patches import embed, patchify
 from vwt.pruning import Half
+
+if TYPE_CHECKING:
+    from vwt.imagetext import Whole
 
 _PRE_NORM = (Block, EvaBlock, BeitBlock)
 _POST_NORM = (ResPostBlock, EvaBlockPostNorm)
@@ -56,6 +59,7 @@ class Family:
 
     MODEL: type[nn.Module] = VisionTransformer
     ABOUT = "DeiT, DeiT-3, CLIP, SigLIP, DINO, DINOv2, I-JEPA, ..."
+    within: "Whole | None" = None  # the model of images and text that was wrapped, if this is a part of one
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -231,6 +235,17 @@ class Family:
     def head(self, tokens: Tensor, features: Tensor | None = None) -> Any:
         """Encoded tokens (B, n, C), and the full grid (B, P + N, C) if `returns_features`, to the model's output."""
         return self.model.forward_head(tokens)
+
+    # -- what an answer says -------------------------------------------------------------------------------------------
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the model tells classes apart, rather than to embed images."""
+        return bool(getattr(self.model, "num_classes", 1))
+
+    def vectors(self, output: Any) -> Tensor:
+        """The model's output to the logits of its classes, or, without classes, its embeddings: (B, D)."""
+        return output
 
 
 class EvaFamily(Family):

@@ -1,7 +1,8 @@
-"""VWTokenizer: a timm model that sees fewer tokens."""
+"""VWTokenizer: a model of timm or transformers that sees fewer tokens."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +27,13 @@ _DELEGATED = frozenset(
 
 
 class VWTokenizer(nn.Module):
-    """Wraps a timm Vision Transformer and reduces its tokens before the first block, and inside the blocks.
+    """Wraps a Vision Transformer and reduces its tokens before the first block, and inside the blocks.
 
     It answers like the model: the same images, the same output, attributes and state dict. The model is not changed,
     and can be used beside it. Load weights before wrapping: that is when a codebook is checked against them.
 
     Args:
-        model: of one of the families in `vwt.families.FAMILIES`.
+        model: of one of the families in `vwt.families.FAMILIES` (timm) or `vwt.hf.TOWERS` (transformers).
         strategy: which patches make which token (`InterImage`, `IntraImage`); None reduces nothing, and returns what
             the model returns, bit for bit.
         schedule: which blocks make still fewer of them; None or an empty one leaves them alone. An image with too few
@@ -83,11 +84,15 @@ class VWTokenizer(nn.Module):
     def forward(self, images: Tensor | None = None, **options: Any) -> Any:
         """Images (B, C, H, W), normalised for the model, to what `model(images)` would return.
 
-        Models of transformers may be given them as `pixel_values`, as they are themselves.
+        Models of transformers may be given them as `pixel_values`, as they are themselves. Models of images and text
+        take all else by name too, and answer for it: `fast(images, input_ids=...)`; they have their other methods
+        beside this one, such as `fast.generate(pixel_values=images)`.
 
         Raises:
             ImageError: for images of the wrong shape, size or dtype.
         """
+        if self.backbone.family.within is not None:
+            return self._call("forward", images, **options)
         if images is None or options:
             images = self.backbone.family.arguments(images, options)
         images = self.backbone.check(images)
@@ -186,6 +191,24 @@ class VWTokenizer(nn.Module):
         _, words = self.backbone.pack_all(images) if self.strategy is None else self._reduce(images)
         return words
 
+    def _call(self, method: str, images: Tensor | None = None, **options: Any) -> Any:
+        """A method of a model of images and text, which sees fewer tokens of the images."""
+        whole = self.backbone.family.within
+        assert whole is not None
+        given = options if images is None else {"pixel_values": images, **options}
+        if given.get("pixel_values") is not None:
+            self.backbone.check(given["pixel_values"])
+        return whole.call(method, self._see, given)
+
+    def _see(self, images: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, Tensor]] | None]:
+        """What the vision tower answers to images (B, C, H, W), and, if they were reduced, what gives their tokens."""
+        images = self.backbone.check(images)
+        if self._changes_nothing(images):
+            return self.backbone.family.forward(images), None
+        packed, words = self.pack(images)
+        packed, steps = self.backbone.encode_packed(packed, self.schedule)
+        return self.backbone.head(packed, words, steps), partial(self.backbone.attended, packed, words, steps)
+
     def _changes_nothing(self, images: Tensor) -> bool:
         return not len(images) or (self.strategy is None and len(self.schedule) == 0)
 
@@ -252,6 +275,9 @@ class VWTokenizer(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            whole = self.backbone.family.within
+            if whole is not None and name in whole.methods:
+                return partial(self._call, name)
             value = getattr(self.model, name)
             if callable(value) and not isinstance(value, nn.Module) and name not in _DELEGATED:
                 raise AttributeError(
