@@ -144,10 +144,57 @@ def test_a_model_in_train_mode():
         make_calibration(model=make_model().train())
 
 
-@pytest.mark.parametrize("options", [{"num_classes": 0}, {"num_classes": 1}, {"global_pool": "", "num_classes": 0}])
-def test_a_model_without_classes(options):
-    with pytest.raises(ArgumentError, match="expected logits of classes"):
+@pytest.mark.parametrize("options", [{"num_classes": 1}, {"global_pool": "", "num_classes": 0}])
+def test_a_model_with_neither_classes_nor_embeddings(options):
+    with pytest.raises(ArgumentError, match="expected logits of classes, or embeddings"):
         make_calibration(model=make_model(**options))
+
+
+# -- models that only embed images -------------------------------------------------------------------------------------
+
+
+def test_other_images_are_the_classes_of_embeddings():
+    """In plain code, over two batches."""
+    model, images = make_model(num_classes=0), make_images(20)
+    found = make_calibration(model=model, images=images).evaluate({1: Merge(6)})
+    with torch.inference_mode():
+        full = torch.nn.functional.normalize(model(images), dim=-1)
+        reduced = torch.nn.functional.normalize(VWTokenizer(model, schedule=PruningSchedule({1: Merge(6)}))(images))
+    for index, (mine, own) in enumerate(zip(full, reduced, strict=True)):
+        others = [other for place, other in enumerate(full) if place != index]
+        p, q = (torch.stack([100 * vector @ other for other in others]).softmax(0) for vector in (mine, own))
+        assert found.kl[index].item() == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-2, abs=1e-5)
+        assert found.agrees[index] == (p.argmax() == q.argmax())
+    assert found.mean_kl > 1e-4
+    assert make_calibration(model=model).evaluate({}).mean_kl < 1e-6
+
+
+def test_removal_from_a_model_that_embeds():
+    calibration = make_calibration(model=make_model(num_classes=0))
+    found = calibration.removal(1, [17, 3], progress=False)
+    assert found[17] == 1.0 > found[3]
+    with pytest.raises(ArgumentError, match="the model has no classes; leave them out"):
+        calibration.removal(1, [17], torch.zeros(20, dtype=torch.int64), progress=False)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_removal_leaves_what_the_head_reads(pool):
+    """As timm's own head does of as many tokens."""
+    model = make_model(global_pool=pool, class_token=pool == "token")
+    calibration, prefix = make_calibration(images=make_images(16), model=model), int(pool == "token")
+    accuracy = calibration.removal(3, [prefix + 3], seed=5, progress=False)[prefix + 3]
+    order = torch.rand(16, 16, generator=torch.Generator().manual_seed(5)).argsort(1)
+    with torch.inference_mode():
+        tokens = calibration.backbone.embed(calibration.images)[1]
+        for block in model.blocks[:3]:
+            tokens = block(tokens)
+        block, right = model.blocks[3], 0
+        tokens = tokens + block.attn(block.norm1(tokens))
+        for image, shuffled, target in zip(tokens, order, model(calibration.images), strict=True):
+            x = image[[*range(prefix), *sorted((shuffled[:3] + prefix).tolist())]][None]
+            x = x + block.mlp(block.norm2(x))
+            right += int(model.forward_head(model.norm(x)).argmax() == target.argmax())
+    assert accuracy == right / 16
 
 
 # -- random removal ----------------------------------------------------------------------------------------------------

@@ -2,24 +2,42 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from vwt import Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer, build_codebook
+from vwt import (
+    Codebook,
+    InterImage,
+    IntraImage,
+    LatencyProfile,
+    Merge,
+    Prune,
+    PruningSchedule,
+    VWTokenizer,
+    build_codebook,
+)
+from vwt.calibration import Calibration
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.patches import PatchSpec, patchify
 
 pytest.importorskip("transformers", reason="transformers is not installed; pip install vwt[hf]")
 
 from transformers import (
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPForImageClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    SiglipConfig,
+    SiglipForImageClassification,
     SiglipVisionConfig,
     SiglipVisionModel,
     ViTConfig,
@@ -33,6 +51,8 @@ NORMALISATION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 MODELS = {
     "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**WIDE)),
     "clip-projection": lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**WIDE, projection_dim=20)),
+    "clip-classifier": lambda: CLIPForImageClassification(CLIPConfig(vision_config=WIDE, num_labels=10)),
+    "blip": lambda: BlipVisionModel(BlipVisionConfig(**WIDE)),
     "vit": lambda: ViTModel(ViTConfig(**WIDE)),
     "vit-classifier": lambda: ViTForImageClassification(ViTConfig(**WIDE, num_labels=10)),
     "vit-unpooled": lambda: ViTModel(ViTConfig(**WIDE), add_pooling_layer=False),
@@ -41,6 +61,7 @@ MODELS = {
         Dinov2Config(**SMALL, use_swiglu_ffn=True, num_labels=10)
     ),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE)),
+    "siglip-classifier": lambda: SiglipForImageClassification(SiglipConfig(vision_config=WIDE, num_labels=10)),
 }
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -152,6 +173,56 @@ def test_feature_maps(model):
     torch.testing.assert_close(whole, VWTokenizer(model).forward_features(images)[:, -16:], **CLOSE)
 
 
+EMBEDDING = {
+    "clip-projection": lambda output: output.image_embeds,
+    "blip": lambda output: output.last_hidden_state.mean(1),
+    "vit-unpooled": lambda output: output.last_hidden_state.mean(1),
+}
+
+
+@torch.inference_mode()
+def test_calibration(model, request):
+    kind = request.node.callspec.params["model"]
+    images, schedule = torch.randn(20, 3, 64, 64, generator=torch.Generator().manual_seed(5)), {1: Merge(6)}
+    fast = VWTokenizer(model, schedule=PruningSchedule(schedule))
+    read = EMBEDDING.get(kind, lambda output: output.logits if "classifier" in kind else output.pooler_output)
+    full, reduced = read(model(images)), read(fast(images))
+    if "classifier" not in kind:
+        reduced, full = (torch.nn.functional.normalize(one, dim=-1) for one in (reduced, full))
+        reduced, full = ((100 * one @ full.T).fill_diagonal_(-torch.inf) for one in (reduced, full))
+    kl = (full.softmax(1) * (full.log_softmax(1) - reduced.log_softmax(1)).nan_to_num()).sum(1)
+
+    calibration = Calibration(model, images, progress=False)
+    found, exact = calibration.evaluate(schedule), calibration.evaluate({})
+    torch.testing.assert_close(found.kl, kl, atol=1e-3, rtol=1e-2)
+    assert found.agrees.tolist() == (full.argmax(1) == reduced.argmax(1)).tolist()
+    assert found.mean_kl > 1e-4
+    assert exact.mean_kl < 1e-5
+    assert exact.agreement == 1
+    assert calibration.removal(1, [calibration.backbone.prefix + 16], progress=False).popitem()[1] == 1
+
+
+def test_profiles(model):
+    profile = LatencyProfile.measure(model, points=2, runs=1, progress=False)
+    assert profile.model == type(model).__name__
+    assert profile.patches == 16
+    assert profile.depth == 3
+    assert profile.reads_prefix_only == isinstance(model, ViTForImageClassification)
+    assert min(profile.head, profile.embed, *profile.block) > 0
+    profile.check(model)
+
+
+def test_a_schedule_for_a_budget():
+    model, images = make_model("vit-classifier"), torch.randn(16, 3, 64, 64)
+    profile = LatencyProfile.measure(model, points=2, runs=1, progress=False)
+    known = {"counts": [2, 17], "block": [0.1, 1.6], "attention": [0.04, 0.7], "counting": [0.1, 1.6]}
+    free = {name: [0.0] * len(cost) for name, cost in profile.reductions.items()}
+    profile = replace(profile, **known, embed=0.1, head=0.1, reductions=free)
+    schedule = PruningSchedule.for_budget(profile, model, images, ratio=0.8, progress=False)
+    assert profile.predict(schedule) <= 0.8 * profile.predict()
+    assert VWTokenizer(model, schedule=schedule)(images).logits.shape == (16, 10)
+
+
 @torch.inference_mode()
 def test_dinov2_takes_images_of_any_size():
     fast = VWTokenizer(make_model("dinov2"), IntraImage(0.3))
@@ -181,6 +252,8 @@ def test_tuples():
     model.config.return_dict = False
     output = VWTokenizer(model, IntraImage(0.3))(make_images())
     assert [type(output), len(output)] == [tuple, 2]
+    calibration = Calibration(model, torch.randn(16, 3, 64, 64), progress=False)
+    assert calibration.evaluate({}).mean_kl < 1e-5
 
 
 def test_gradients_flow():

@@ -20,11 +20,12 @@ from vwt.pruning import Reduction
 from vwt.strategies import Strategy
 from vwt.timing import Calls, interleave
 from vwt.tokenizer import VWTokenizer
-from vwt.words import Words
+from vwt.words import Words, keep_all
 
 BATCH = 16
 LEAST = 16  # images
 ENOUGH = 256  # images, unless told otherwise
+SHARPNESS, NEVER = 100.0, -1e4  # logits of embeddings: the scale of CLIP's, and that of an image for itself
 TIMED, TIMED_RUNS = 8, 12  # batches on which latency is measured, and runs of each
 
 
@@ -35,7 +36,7 @@ def load_images(
 
     Args:
         source: anything that timm's dataset factory reads, see `vwt.datasets.ImageSource`.
-        model: of timm.
+        model: of timm or transformers.
         count: how many; fewer if there are not as many.
         seed: of the draw.
         progress: show a progress bar.
@@ -59,6 +60,8 @@ class Fidelity:
     Attributes:
         kl: (n,) KL(full ‖ reduced) of the class distributions of each image, in nats.
         agrees: (n,) bool, whether the first class is the same.
+
+    A model without classes is given some, see `Calibration`.
     """
 
     kl: Tensor
@@ -99,14 +102,19 @@ class _Batch:
 class Calibration:
     """A model, what it makes of images, and what a strategy and reductions change of that.
 
+    Of a model that only embeds images (a timm model without classifier, a vision tower of transformers) the other
+    images are the classes: the logits of an embedding are 100 times its cosines with the full model's embeddings of
+    these, as CLIP compares an image with labels. To agree is to find the same one nearest.
+
     Args:
-        model: see `vwt.families.FAMILIES`, in eval mode.
+        model: see `VWTokenizer`, in eval mode.
         images: (n, C, H, W), normalised for the model, on its device; in a random order, if only the first are used.
         keep: of so many of the first images, the tokens that enter every block are kept, which spares time.
         progress: show a progress bar.
 
     Raises:
-        ArgumentError: for less than 16 images, or a model without classes.
+        ArgumentError: for less than 16 images, a model in train mode, one of images and text, or one that answers with
+            neither logits nor embeddings.
         ImageError: for images that the model does not take.
     """
 
@@ -116,12 +124,28 @@ class Calibration:
             raise ArgumentError("the model is in train mode; call .eval() first")
         self.images, self.keep = images, keep
         self._enter(VWTokenizer(model))
+        self.backbone.check_alone()
         self.backbone.check(images)
+        family = self.backbone.family
+        self._anchors: Tensor | None = None
         with torch.inference_mode():
             batches = tqdm(images.split(BATCH), desc="full model", unit="batch", disable=not progress)
-            self.full = [model(batch) for batch in batches]
-        if self.full[0].ndim != 2 or self.full[0].shape[1] < 2 or not getattr(model, "num_classes", 1):
-            raise ArgumentError(f"the model's output has shape {tuple(self.full[0].shape)}; expected logits of classes")
+            vectors = [family.vectors(model(batch)) for batch in batches]
+            if vectors[0].ndim != 2 or vectors[0].shape[1] < 2:
+                raise ArgumentError(
+                    f"the model's output has shape {tuple(vectors[0].shape)}; expected logits of classes, or embeddings"
+                )
+            if not family.has_classes:
+                self._anchors = _unit(torch.cat(vectors))
+            self.full = [self._logits(own, index) for index, own in enumerate(vectors)]
+
+    def _logits(self, vectors: Tensor, index: int) -> Tensor:
+        """Of one batch, logits as they are; or of embeddings (n, D), those of being like each other image."""
+        if self._anchors is None:
+            return vectors
+        logits = SHARPNESS * _unit(vectors) @ self._anchors.T
+        logits.diagonal(index * BATCH).fill_(NEVER)
+        return logits
 
     def _enter(self, fast: VWTokenizer) -> None:
         self.fast, self.backbone = fast, fast.backbone
@@ -161,7 +185,8 @@ class Calibration:
         for index in self._range(images):
             batch = self._batch(index)
             start = min(min(reductions, default=self.backbone.depth), len(batch.entering) - 1)
-            reduced.append(self.backbone.answer(batch.entering[start], batch.words, reductions, start))
+            answer = self.backbone.answer(batch.entering[start], batch.words, reductions, start)
+            reduced.append(self._logits(self.backbone.family.vectors(answer), index))
         return compare(torch.cat(self.full[: len(reduced)]), torch.cat(reduced))
 
     @torch.inference_mode()
@@ -182,7 +207,8 @@ class Calibration:
         Args:
             block: index.
             counts: tokens that stay, prefix tokens included.
-            labels: (n,) classes of the images; without, agreement with the full model is measured.
+            labels: (n,) classes of the images, if the model has classes; without, agreement with the full model is
+                measured.
             seed: of what is removed.
             progress: show a progress bar.
 
@@ -196,6 +222,8 @@ class Calibration:
             raise ArgumentError(
                 f"counts are {list(counts)}; expected some of {prefix + 1} to {most}, without a strategy"
             )
+        if labels is not None and self._anchors is not None:
+            raise ArgumentError("labels are given, and the model has no classes; leave them out")
         if labels is not None and labels.shape != (len(self.images),):
             raise ArgumentError(f"labels have shape {tuple(labels.shape)}; expected ({len(self.images)},)")
         generator = torch.Generator().manual_seed(seed)
@@ -212,9 +240,14 @@ class Calibration:
                 chosen[:, :prefix] = torch.arange(prefix)
                 left = run_blocks(mlp, packed.take(chosen.to(full.device)))
                 packed_left, _ = self.backbone.run(left, start=block + 1)
-                logits = self.backbone.model.forward_head(self.backbone.leave(packed_left).dense())
-                right[count].append(logits.argmax(-1) == target)
+                words = keep_all(len(full), (1, count - prefix), full.device)  # as if there had been no others
+                answer = self.backbone.head(self.backbone.leave(packed_left), words)
+                right[count].append(self._logits(self.backbone.family.vectors(answer), index).argmax(-1) == target)
         return {count: float(torch.cat(flags).float().mean()) for count, flags in right.items()}
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.float(), dim=-1)
 
 
 def measure_latency(

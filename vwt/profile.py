@@ -92,7 +92,7 @@ class LatencyProfile:
         """Measure a model, all parts in turn after a warm-up, each figure the median of its runs.
 
         Args:
-            model: see `vwt.families.FAMILIES`; it is not changed.
+            model: see `VWTokenizer`; it is not changed.
             batch_size: images at a time.
             device: where; by default where the model is.
             points: token counts, from few to all.
@@ -102,7 +102,8 @@ class LatencyProfile:
 
         Raises:
             ModelError: if the model is not supported.
-            ArgumentError: if a number is too small, or there is no such device.
+            ArgumentError: if a number is too small, there is no such device, or the model is one of images and text, of
+                which its vision tower is measured.
         """
         for name, value, least in (("batch_size", batch_size, 1), ("points", points, 2), ("runs", runs, 1)):
             if value < least:
@@ -258,12 +259,13 @@ class _Parts:
 
     def __init__(self, model: nn.Module, batch_size: int, points: int, seed: int) -> None:
         self.backbone, self.batch_size = Backbone(model), batch_size
+        self.backbone.check_alone()
         weight = next(model.parameters())
         self.device = weight.device
         generator = torch.Generator().manual_seed(seed)
         self.images = torch.randn(batch_size, *self.backbone.input_shape, generator=generator).to(weight)
         with torch.inference_mode():
-            self.everything = self.backbone.pack_all(self.images)[0]
+            self.everything, self.words = self.backbone.pack_all(self.images)
         prefix, total = self.backbone.prefix, self.everything.lengths[0]
         least = min(prefix + 1, total)
         self.counts = sorted({round(count) for count in np.linspace(least, total, points)})
@@ -278,7 +280,7 @@ class _Parts:
         backbone, everything = self.backbone, self.everything
         calls: dict[Any, Callable[[], Any]] = {
             "embed": lambda: backbone.enter(backbone.pack_all(self.images)[0]),
-            "head": lambda: backbone.model.forward_head(backbone.leave(everything).dense()),
+            "head": lambda: backbone.head(backbone.leave(everything), self.words),
         }
         for count in self.counts:
             packed = self.packed(count)
@@ -368,12 +370,12 @@ def _random_schedules(depth: int, patches: int, seed: int) -> list[dict[int, Red
 def _identity(backbone: Backbone) -> dict[str, Any]:
     """What a profile has in common with the models that it serves."""
     return {
-        "model": PatchSpec.of(backbone.model).model,
+        "model": PatchSpec.of(backbone.family.model).model,
         "depth": backbone.depth,
         "prefix": backbone.prefix,
         "patches": backbone.patches,
         "reads_prefix_only": backbone.reads_prefix_only,
-        "dtype": str(next(backbone.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(backbone.family.model.parameters()).dtype).removeprefix("torch."),
     }
 
 

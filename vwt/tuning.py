@@ -51,7 +51,7 @@ def tune(
     latency of the best.
 
     Args:
-        model: in eval mode, where and as it will be used.
+        model: in eval mode, where and as it will be used; without classes, see `vwt.calibration.Calibration`.
         images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of which
             256 are drawn.
         ratio: budget, of the model's latency, or
