@@ -1,4 +1,5 @@
 import re
+import sys
 
 import pytest
 import timm
@@ -47,6 +48,39 @@ def test_the_families(capsys):
     out = capsys.readouterr().out
     assert out == list_families() + "\n"
     assert all(f".{family.MODEL.__name__} " in out for family in FAMILIES)
+
+
+def test_classes_of_transformers(capsys):
+    pytest.importorskip("transformers")
+    assert main(["models", "BlipForConditionalGeneration", "Dinov2Model"]) == 0
+    expected = ["BlipForConditionalGeneration: supported, BLIP; images of one size", "Dinov2Model: supported, DINOv2"]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert main(["models", "SwinModel"]) == 1
+    assert re.match(
+        r"SwinModel: no\. transformers\.models\.swin\.modeling_swin\.SwinModel is not supported; of transformers, vwt "
+        r"takes CLIPVisionModel, .*SiglipModel; of another model of images and text, wrap the vision tower: .*\n$",
+        capsys.readouterr().out,
+    )
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "\ntransformers.ViTModel " in out
+    assert "BlipForConditionalGeneration" in out
+    for name in ("pipeline", "ViTmodel", "ViTConfig"):
+        with pytest.raises(
+            ModelError, match=f"no model '{name}'.* nor has transformers a class of models of that name"
+        ):
+            find_support(name)
+
+
+def test_without_transformers(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vwt.hf", None)
+    assert main(["models", "ViTModel"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no model 'ViTModel'" in error
+    assert "to ask for a class of transformers, pip install 'vwt[hf]'" in error
+    assert main(["models"]) == 0
+    assert re.search(r"\ntransformers +some of its models too: pip install 'vwt\[hf\]'\n", capsys.readouterr().out)
 
 
 def test_an_unknown_name(capsys):

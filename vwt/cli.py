@@ -183,7 +183,7 @@ def _env(arguments: argparse.Namespace) -> int:
 
 def _add_models(commands: "argparse._SubParsersAction[Parser]") -> None:
     models = commands.add_parser("models", help="list the families of models, or say whether a model is supported")
-    models.add_argument("names", nargs="*", metavar="NAME", help="of a timm model")
+    models.add_argument("names", nargs="*", metavar="NAME", help="of a timm model, or a class of transformers")
     models.set_defaults(run=_models, if_interrupted="")
 
 

@@ -1,6 +1,8 @@
 """Which models can be wrapped, and why others cannot."""
 
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import timm
 import torch
@@ -8,6 +10,8 @@ import torch
 from vwt.backbones import Backbone
 from vwt.errors import ModelError, first_line
 from vwt.families import FAMILIES
+
+INSTALL = "pip install 'vwt[hf]'"
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,15 @@ class Support:
 
 
 def find_support(name: str) -> Support:
-    """Whether a timm model can be wrapped; neither weights nor memory are needed to say so.
+    """Whether a model of timm, or of a class of transformers, can be wrapped.
+
+    Neither weights nor memory are needed to say so.
 
     Raises:
-        ModelError: if timm has no such model, or it cannot be made without memory.
+        ModelError: if there is no such model, or it cannot be made without memory.
     """
     if not timm.is_model(name.split(".")[0]):
-        raise ModelError(f"timm {timm.__version__} has no model {name!r}; see timm.list_models()")
+        return _find_class_support(name)
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False)
@@ -57,8 +63,38 @@ def find_support(name: str) -> Support:
     return Support(name, None, facts)
 
 
+def _find_class_support(name: str) -> Support:
+    """The same for a class of transformers."""
+    unknown = f"timm {timm.__version__} has no model {name!r}; see timm.list_models()"
+    hf = _transformers()
+    if hf is None:
+        raise ModelError(f"{unknown}; to ask for a class of transformers, {INSTALL}")
+    kind = hf.find_class(name)
+    if kind is None:
+        raise ModelError(f"{unknown}; nor has transformers a class of models of that name")
+    for tower in hf.TOWERS:
+        if kind in hf.classes_of(tower):
+            return Support(name, None, tower.ABOUT)
+    return Support(name, hf.unsupported(kind))
+
+
+def _transformers() -> ModuleType | None:
+    """The adapters of transformers' models, where it is installed."""
+    try:
+        return import_module("vwt.hf")
+    except ImportError:
+        return None
+
+
 def list_families() -> str:
     """The families of models that can be wrapped, as a table of text."""
     rows = [(f"{family.MODEL.__module__}.{family.MODEL.__name__}", family.ABOUT) for family in FAMILIES]
+    hf = _transformers()
+    if hf is None:
+        rows.append(("transformers", f"some of its models too: {INSTALL}"))
+    else:
+        for tower in hf.TOWERS:
+            first, *others = (kind.__name__ for kind in hf.classes_of(tower))
+            rows.append((f"transformers.{first}", f"{tower.ABOUT}; also {', '.join(others)}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {about}" for name, about in rows)
