@@ -229,6 +229,7 @@ def test_half_precision(dtype):
     images = make_images()
     expected = fast(images, input_ids=IDS).logits
     with torch.autocast("cpu", dtype):
+        fast = VWTokenizer(fast.model, fast.strategy, fast.schedule)  # it can be wrapped there too
         mixed = fast(images, input_ids=IDS).logits
     half = fast.to(dtype)(images.to(dtype), input_ids=IDS).logits
     assert half.dtype == dtype
@@ -265,6 +266,8 @@ def test_wrong_options():
     fast = VWTokenizer(make_model("caption"), IntraImage(0.3))
     with pytest.raises(ArgumentError, match="without interpolate_pos_encoding"):
         fast.generate(make_images(), interpolate_pos_encoding=True)
+    with pytest.raises(ArgumentError, match="generate is given images twice"):
+        fast.generate(make_images(), pixel_values=make_images())
     with pytest.raises(ArgumentError, match="without output_hidden_states"):
         fast(make_images(), input_ids=IDS, output_hidden_states=True)
 

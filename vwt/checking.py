@@ -39,7 +39,8 @@ def check_parts(backbone: "Backbone") -> None:
     images = torch.randn(1, *backbone.input_shape, generator=generator, device="cpu").to(
         backbone.family.projection.weight
     )
-    with _evaluating(model):
+    # Parts that compute the same in another way differ by more than rounding in mixed precision.
+    with _evaluating(model), torch.autocast(images.device.type, enabled=False):
         with _recording(backbone.blocks) as (entered, left):
             expected = backbone.family.forward(images)
         part = _first_difference(backbone, images, entered, left, expected)

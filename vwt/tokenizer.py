@@ -195,6 +195,8 @@ class VWTokenizer(nn.Module):
         """A method of a model of images and text, which sees fewer tokens of the images."""
         whole = self.backbone.family.within
         assert whole is not None
+        if images is not None and "pixel_values" in options:
+            raise ArgumentError(f"{method} is given images twice, first and as pixel_values; give them once")
         given = options if images is None else {"pixel_values": images, **options}
         if given.get("pixel_values") is not None:
             self.backbone.check(given["pixel_values"])
