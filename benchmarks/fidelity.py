@@ -62,7 +62,7 @@ from peers import RandomDrop, TokenMerging, in_the_papers_way
 from torch import Tensor
 from tqdm import tqdm
 
-from vwt import Fuse, Neighbours, Plan, PruningSchedule, VWTokenizer
+from vwt import Absorb, Neighbours, Plan, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.calibration import compare
 from vwt.cli import Parser
@@ -261,7 +261,7 @@ def own_variants(bench: Bench) -> list[Variant]:
     for drop in DROPS:
         add(f"Neighbours {drop:g}", NEIGHBOURS, Neighbours(drop))
     for drop, merged in TOGETHER:
-        schedule = PruningSchedule({backbone.depth // 2: Fuse(merged)})
+        schedule = PruningSchedule({backbone.depth // 2: Absorb(merged)})
         add(f"Neighbours {drop:g} + {schedule_name(schedule)}", BOTH, Neighbours(drop), schedule)
     for schedule in possible(SCHEDULES, backbone.depth, backbone.patches):
         add(schedule_name(schedule), INSIDE, None, schedule)

@@ -49,7 +49,7 @@ from harness import (
 from peers import ClassAttentionTopK, PadAndMask, TokenMerging, in_the_papers_way
 from torch import Tensor, nn
 
-from vwt import Fuse, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.cli import Parser
 from vwt.environment import hardware
@@ -63,8 +63,8 @@ DROPS = (0.25, 0.33, 0.5)
 SCHEDULES = [
     *(PruningSchedule({3: Prune(removed)}) for removed in (28, 56, 84)),
     PruningSchedule({3: Merge(60)}),
-    PruningSchedule({3: Fuse(60)}),
-    PruningSchedule({3: Fuse(60), 6: Fuse(50)}),
+    *(PruningSchedule({block: Absorb(removed)}) for block, removed in ((3, 60), (3, 80), (3, 98), (3, 120), (4, 98))),
+    PruningSchedule({3: Absorb(60), 6: Absorb(50)}),
 ]
 ALL_WORDS: list[tuple[Space, int]] = [(s, k) for s in ("embedding", "pixel") for k in (100, 1000, 10000)]
 LATENCY = {

@@ -6,7 +6,7 @@ from vwt.building import build_codebook
 from vwt.codebook import Codebook
 from vwt.plan import Plan
 from vwt.profile import LatencyProfile
-from vwt.pruning import Absorb, Fuse, Merge, Prune
+from vwt.pruning import Absorb, Merge, Prune
 from vwt.schedule import PruningSchedule
 from vwt.strategies import InterImage, IntraImage, Neighbours
 from vwt.tokenizer import VWTokenizer
@@ -16,7 +16,6 @@ __version__ = version("vwt")
 __all__ = [
     "Absorb",
     "Codebook",
-    "Fuse",
     "InterImage",
     "IntraImage",
     "LatencyProfile",

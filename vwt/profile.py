@@ -26,7 +26,7 @@ from vwt.environment import cpu_model
 from vwt.errors import ArgumentError, DocumentError, MismatchError
 from vwt.packing import Packed, run_blocks
 from vwt.patches import PatchSpec
-from vwt.pruning import KINDS, Absorb, Fuse, Merge, Reduction, patches_entering
+from vwt.pruning import KINDS, Absorb, Merge, Reduction, patches_entering
 from vwt.timing import Calls, interleave
 
 VERSION = 1
@@ -141,7 +141,7 @@ class LatencyProfile:
             total += attention[count] + whole[left] - attention[left]
             if merged:
                 total += counting[count] - whole[count]
-            merged = merged or isinstance(reductions.get(block), Merge | Fuse | Absorb)
+            merged = merged or isinstance(reductions.get(block), Merge | Absorb)
         return total
 
     def _reducing(self, reductions: Mapping[int, Reduction], entering: Sequence[int]) -> float:

@@ -79,19 +79,16 @@ class PrunePlan:
         return places.scatter(1, self.kept, torch.arange(kept, device=places.device).expand(batch, -1))
 
 
-def match(metric: Tensor, removed: int, prefix: int, value: Tensor | None = None) -> "MergePlan":
+def match(metric: Tensor, removed: int, prefix: int) -> "MergePlan":
     """Bipartite soft matching: every second patch proposes to the most similar of the others; the best pairs merge.
 
     Args:
         metric: (B, m, d), compared by cosine.
         removed: R pairs, at most m // 2.
         prefix: P tokens that come before the patches, and take no part.
-        value: (B, m // 2), what a pair's distance is multiplied by; without, the most similar pairs merge.
     """
     unit = F.normalize(metric, dim=-1)
     best, partner = (unit[:, 1::2] @ unit[:, ::2].transpose(-2, -1)).max(dim=-1)  # (B, m // 2)
-    if value is not None:
-        best = (best - 1).clamp(max=-1e-3) * value
     order = best.sort(dim=1, descending=True).indices
     source = order[:, :removed]
     return MergePlan(order[:, removed:].sort(dim=1).values, source, partner.gather(1, source), metric.shape[1], prefix)
@@ -147,17 +144,34 @@ class MergePlan:
         return places
 
 
-class FusePlan(MergePlan):
-    """A `MergePlan` after which attention counts a token of s patches as the square root of s."""
+def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> "AbsorbPlan":
+    """Keep patches that receive attention and that no stronger one is like; the others go where they are most alike.
 
-    def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor:
-        """See `Plan`."""
-        return total.sqrt()
+    Args:
+        received: (B, m) float32, the attention that each patch receives.
+        patches: (B, m, C), compared by the correlation of their channels.
+        removed: R patches that merge into others, at most m - 1.
+        prefix: P tokens that come before the patches, and take no part.
+    """
+    unit = F.layer_norm(patches.float(), patches.shape[-1:])
+    likeness = unit @ unit.transpose(-2, -1)  # (B, m, m), the correlation times C
+    stronger = received[:, None, :] > received[:, :, None]
+    distance = 1 - (likeness * stronger).amax(dim=-1) / patches.shape[-1]
+    order = (received * distance.clamp(min=1e-3).sqrt()).sort(dim=1, descending=True).indices
+    kept, dropped = order.tensor_split([order.shape[1] - removed], dim=1)
+    return AbsorbPlan(kept, dropped, _among(likeness, dropped, kept).argmax(dim=-1), prefix)
+
+
+def _among(square: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows (B, r) and columns (B, c) of a matrix (B, m, m) of each image: (B, r, c)."""
+    if len(square) == 1:  # gathering is dear at batch 1
+        return square[0].index_select(0, rows[0]).index_select(1, columns[0])[None]
+    return select(square, rows).gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
 
 @dataclass(frozen=True, eq=False)
 class AbsorbPlan:
-    """Prefix tokens, then kept patches, the most important first, with what merged into them.
+    """Prefix tokens, then kept patches, the most telling first, with what merged into them.
 
     Attributes:
         kept: (B, k) int64, patches.
@@ -172,16 +186,18 @@ class AbsorbPlan:
     prefix: int
 
     def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Plan`."""
+        """See `Plan`; what is kept counts twice in the mean."""
         weighted = _with_sizes(tokens, sizes)
-        sums = torch.cat([weighted[:, : self.prefix], select(weighted, self.kept + self.prefix)], dim=1)
-        index = flat_index(self.target + self.prefix, sums.shape[1])
-        merged = sums.flatten(0, 1).index_add(0, index, select(weighted, self.dropped + self.prefix).flatten(0, 1))
-        return _means(merged.view(sums.shape), tokens.dtype)
+        kept = torch.cat([weighted[:, : self.prefix], select(weighted, self.kept + self.prefix)], dim=1)
+        index = flat_index(self.target + self.prefix, kept.shape[1])
+        sums = kept.flatten(0, 1).index_add(0, index, select(weighted, self.dropped + self.prefix).flatten(0, 1))
+        sums = sums.view(kept.shape)
+        means, _ = _means(sums + kept, tokens.dtype)
+        return means, sums[..., -1]
 
     def count(self, counted: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor:
-        """See `Plan`; a token of s patches as the square root of s."""
-        return total.sqrt()
+        """See `Plan`; a token of s patches as s ** 0.8."""
+        return total**0.8
 
     def places(self) -> Tensor:
         """See `Plan`."""

@@ -20,7 +20,7 @@ KEPT = (0.97, 1.01)  # of a budget: measured latency that is taken to use and to
 class PruningSchedule(Mapping[int, Reduction]):
     """Which blocks make fewer tokens of theirs, between attention and MLP.
 
-    A mapping from the index of a block, from 0, to `Prune`, `Merge`, `Fuse` or `Absorb`; a bare number means
+    A mapping from the index of a block, from 0, to `Prune`, `Merge` or `Absorb`; a bare number means
     `Prune`. Empty, it prunes nothing.
 
     Args:

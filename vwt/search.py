@@ -16,15 +16,14 @@ from tqdm import tqdm
 from vwt.calibration import Calibration
 from vwt.errors import ArgumentError
 from vwt.profile import LatencyProfile
-from vwt.pruning import KINDS, Reduction, patches_entering
+from vwt.pruning import Absorb, Reduction, patches_entering
 
 SCREEN = 64  # images on which candidates are compared
 TRIES = 36  # candidates that are measured for a budget, after strategies and single reductions
 FINALISTS = 8
-# Prune and Merge keep the answer less, at the same cost.
-SHARES = {"absorb": (0.12, 0.3, 0.6), "fuse": (0.12, 0.28, 0.5)}
+SHARES = (0.12, 0.3, 0.6)  # that each reduction is tried with alone
 GRID = (0.08, 0.16, 0.26, 0.38, 0.5)  # shares that one of two reductions removes
-PLACES = 14  # kinds and blocks that are combined: those that harm least
+BLOCKS = 7  # that are combined: those in which reductions harm least
 NO_CHANGE = 1e-6  # nats below which answers are taken to be the same
 
 
@@ -97,13 +96,11 @@ class Search:
     ) -> None:
         self.profile, self.options, self.progress = profile, options, progress
         self.measured: dict[str, float] = {} if measured is None else measured
-        self.places = [(block, kind) for block in range(self.last + 1) for kind in SHARES]
+        self.blocks = range(self.last + 1)
         self.damage = self._measure_damage()
-        harm = {(block, kind): self.damage[kind, block][1][1] for block, kind in self.places}
         # Late blocks harm least because least is gained there: what counts is harm over the blocks that are spared.
-        self.gentle = sorted(self.places, key=lambda place: harm[place] - 2 * math.log(profile.depth - place[0]))[
-            :PLACES
-        ]
+        harm = {block: self.damage[block][1] - 2 * math.log(profile.depth - block) for block in self.blocks}
+        self.gentle = sorted(self.blocks, key=harm.__getitem__)[:BLOCKS]
 
     @property
     def last(self) -> int:
@@ -166,23 +163,22 @@ class Search:
     def least(self) -> float:
         """The fewest milliseconds that a strategy with one reduction reaches."""
         singles = [
-            Candidate(name, ((block, self._reduction(option, kind, KINDS[kind].most(option.patches), option.patches)),))
+            Candidate(name, ((block, self._reduction(option, Absorb.most(option.patches), option.patches)),))
             for name, option in self.options.items()
-            for block, kind in self.places
-            if KINDS[kind].most(option.patches) > 0
+            for block in self.blocks
+            if Absorb.most(option.patches) > 0
         ]
         return min((self.predict(candidate) for candidate in singles), default=self.profile.predict())
 
     # -- what each does alone ----------------------------------------------------------------------------------------
 
-    def _measure_damage(self) -> dict[tuple[str, int], tuple[list[float], list[float]]]:
-        """By kind and block: logarithms of shares, and of the KL when such a share is removed there."""
+    def _measure_damage(self) -> dict[int, list[float]]:
+        """By block: logarithms of the KL when each of SHARES is removed there."""
         everything, damage = self.options[""], {}
-        for block, kind in tqdm(self.places, desc="single reductions", unit="place", disable=not self.progress):
-            counts = [max(1, int(share * everything.patches)) for share in SHARES[kind]]
-            made = [self._reduction(everything, kind, count, everything.patches) for count in counts]
-            kls = [max(self.kl(Candidate("", ((block, what),))), NO_CHANGE) for what in made]
-            damage[kind, block] = ([math.log(share) for share in SHARES[kind]], [math.log(kl) for kl in kls])
+        for block in tqdm(self.blocks, desc="single reductions", unit="block", disable=not self.progress):
+            counts = [max(1, int(share * everything.patches)) for share in SHARES]
+            made = [self._reduction(everything, count, everything.patches) for count in counts]
+            damage[block] = [math.log(max(self.kl(Candidate("", ((block, what),))), NO_CHANGE)) for what in made]
         return damage
 
     def guess(self, candidate: Candidate) -> float:
@@ -193,7 +189,7 @@ class Search:
             if block > self.last:
                 continue
             share = math.log(max(1, reduction.removed(entering[block])) / entering[block])
-            shares, kls = self.damage[reduction.kind, block]
+            shares, kls = [math.log(share) for share in SHARES], self.damage[block]
             low = 0 if share < shares[1] else 1
             slope = (kls[low + 1] - kls[low]) / (shares[low + 1] - shares[low])
             total += math.exp(kls[low] + max(slope, 0.0) * (share - shares[low]))
@@ -220,40 +216,41 @@ class Search:
             return
         if self.profile.reads_prefix_only and not name:
             # The last MLP alone: whatever is scheduled for its block does not happen.
-            free = Candidate("", ((self.profile.depth - 1, KINDS["absorb"](1)),))
+            free = Candidate("", ((self.profile.depth - 1, Absorb(1)),))
             if self.predict(free) <= limit:
                 yield free
                 return
-        yield from (single for place in self.places if (single := self._fit(empty, *place, limit)))
-        for block, kind in self.gentle:
+        yield from (single for block in self.blocks if (single := self._fit(empty, block, limit)))
+        for block in self.gentle:
             for share in GRID:
-                if first := self._with(empty, block, kind, share):
-                    rest = [place for place in self.gentle if place[0] > block]
-                    yield from (pair for place in rest if (pair := self._fit(first, *place, limit)))
+                if first := self._with(empty, block, share):
+                    rest = [later for later in self.gentle if later > block]
+                    yield from (pair for later in rest if (pair := self._fit(first, later, limit)))
 
     def _entering(self, candidate: Candidate) -> list[int]:
         return patches_entering(candidate.blocks, self.profile.depth, self.options[candidate.option].patches)
 
     @staticmethod
-    def _reduction(option: Option, kind: str, removed: int, entering: int) -> Reduction:
-        return KINDS[kind](min(removed / entering, 1 - 1e-9) if option.by_share else removed)
+    def _reduction(option: Option, removed: int, entering: int) -> Reduction:
+        # Prune and Merge change the answer more at the same cost.
+        return Absorb(min(removed / entering, 1 - 1e-9) if option.by_share else removed)
 
-    def _with(self, candidate: Candidate, block: int, kind: str, share: float) -> Candidate | None:
+    def _with(self, candidate: Candidate, block: int, share: float) -> Candidate | None:
         """One reduction more, of a share of what enters; None where that is not possible."""
         entering = self._entering(candidate)[block]
         removed = int(share * entering)
-        if not 1 <= removed <= KINDS[kind].most(entering):
+        if not 1 <= removed <= Absorb.most(entering):
             return None
-        what = self._reduction(self.options[candidate.option], kind, removed, entering)
+        what = self._reduction(self.options[candidate.option], removed, entering)
         return self._checked(candidate.option, candidate.blocks | {block: what})
 
-    def _fit(self, others: Candidate, block: int, kind: str, limit: float) -> Candidate | None:
+    def _fit(self, others: Candidate, block: int, limit: float) -> Candidate | None:
         """Others and the least reduction in a block with which the limit is kept; None if there is none."""
         entering = self._entering(others)[block]
-        low, high = 0, KINDS[kind].most(entering)
+        low, high = 0, Absorb.most(entering)
 
         def make(removed: int) -> Candidate:
-            what = self._reduction(self.options[others.option], kind, removed, entering)
+            what = self._reduction(self.options[others.option], removed, entering)
             return Candidate(others.option, tuple(sorted((others.blocks | {block: what}).items(), key=_by_block)))
 
         if high < 1 or self.predict(make(high)) > limit:
@@ -286,25 +283,25 @@ class Search:
         return best
 
     def _neighbours(self, best: Candidate, limit: float) -> Iterator[Candidate]:
-        """Each reduction a block up or down, of the other kind, larger or smaller, gone; one more; another strategy."""
+        """Each reduction a block up or down, larger or smaller, gone; one more; another strategy."""
         fits: Iterable[Candidate | None]
         for block, what in best.reductions:
             others = Candidate(best.option, tuple(pair for pair in best.reductions if pair[0] != block))
-            near = [p for p in self.places if abs(p[0] - block) <= 1 and p[0] not in others.blocks]
-            fits = [self._fit(others, *place, limit) for place in near]
+            near = [other for other in self.blocks if abs(other - block) <= 1 and other not in others.blocks]
+            fits = [self._fit(others, other, limit) for other in near]
             for share in (0.08, 0.2):
-                more = [self._with(others, *place, share) for place in self.gentle if place[0] not in best.blocks]
-                fits += [self._fit(added, block, what.kind, limit) for added in more if added]
-            for free, freed in others.reductions:
+                more = [self._with(others, other, share) for other in self.gentle if other not in best.blocks]
+                fits += [self._fit(added, block, limit) for added in more if added]
+            for free, _ in others.reductions:
                 rest = Candidate(best.option, tuple(pair for pair in others.reductions if pair[0] != free))
-                fits.append(self._fit(rest, free, freed.kind, limit))
+                fits.append(self._fit(rest, free, limit))
                 for factor in (0.7, 0.85, 1.15, 1.4):
                     share = factor * what.removed(self._entering(best)[block]) / self._entering(best)[block]
-                    if changed := self._with(rest, block, what.kind, share):
-                        fits.append(self._fit(changed, free, freed.kind, limit))
+                    if changed := self._with(rest, block, share):
+                        fits.append(self._fit(changed, free, limit))
             for name in self.options:
                 moved = self._checked(name, others.blocks)
-                fits.append(self._fit(moved, block, what.kind, limit) if moved else None)
+                fits.append(self._fit(moved, block, limit) if moved else None)
             yield from (fitted for fitted in fits if fitted and fitted != best)
 
 
