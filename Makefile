@@ -31,6 +31,7 @@ $(OLDEST_READY): pyproject.toml constraints.txt constraints-oldest.txt
 	awk -F== 'NR == FNR { oldest[$$1] } NR == FNR || !($$1 in oldest)' constraints-oldest.txt constraints.txt \
 		> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev,plots]'
+	$(OLDEST)/bin/python -m pip uninstall --quiet --yes torchao  # it needs a newer torch, and transformers imports it
 	@touch $@
 
 test-oldest: $(OLDEST_READY)

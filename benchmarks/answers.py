@@ -1,63 +1,65 @@
-"""The full model's answers, and the labels of a data set."""
+"""What the fidelity benchmark keeps of images, and the labels of a data set."""
 
 import hashlib
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, first_line
 
 SYNSETS = Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt"
-EVERY = 1024  # new images after which the answers are written
+EVERY = 60.0  # seconds after which what is new is written
 
 
-class FullAnswers:
-    """What the full model answers to images, kept in a file, so that it is asked once for each.
+class ImageCache:
+    """What was found of images, kept in a file, so that it is found once for each, however often a run is interrupted.
 
-    An image is known by its pixels: another crop, or a changed file, is another image.
+    An image is known by its pixels: another crop, or a changed file, is another image. A file that is damaged or holds
+    something else is not believed: it is made anew, and a line on stderr says so.
 
     Args:
         path: a safetensors file; made, with its folder, when there is something to keep.
 
     Raises:
-        ArgumentError: if the file holds something else, or its folder cannot be written to.
+        ArgumentError: if its folder cannot be written to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[int, Tensor] = {}
-        self.fresh = 0
+        self.fresh, self.saved = False, time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArgumentError(f"cannot write to {path.parent}: {error.strerror}; choose another --cache") from error
         if path.exists():
             try:
-                held = load_file(path)
-                self.known = dict(zip(held["images"].tolist(), held["logits"], strict=True))
+                self.known = _load(path)
             except Exception as error:  # safetensors, operating system, and files of another kind
-                raise ArgumentError(
-                    f"{path} holds no answers ({first_line(error)}); remove it, and it is made anew"
-                ) from error
+                print(f"fidelity: {path} is damaged ({first_line(error)}) and is made anew", file=sys.stderr)
 
-    def __call__(self, images: Tensor, ask: Callable[[], Tensor]) -> Tensor:
-        """Logits (B, classes) float32 on the CPU, of images (B, C, H, W) uint8; `ask` is called if one is unknown."""
+    def __call__(self, images: Tensor, find: Callable[[], Tensor]) -> Tensor:
+        """What is known of images (B, C, H, W) uint8, (B, ...); `find` gives it, on the CPU, if one is unknown."""
         keys = [_digest(image) for image in images]
         if not all(key in self.known for key in keys):
-            self.known |= zip(keys, ask().float().cpu(), strict=True)
-            self.fresh += len(keys)
-        if self.fresh >= EVERY:
+            for key, value in zip(keys, find(), strict=True):
+                self.known.setdefault(key, value)  # what is known stays, as it would in a run without interruption
+            self.fresh = True
+        if time.monotonic() - self.saved > EVERY:
             self.save()
         return torch.stack([self.known[key] for key in keys])
 
     def save(self) -> None:
-        """Write the answers, if there are new ones, so that the file holds either all or what it held before.
+        """Write what there is, if any of it is new, so that the file holds either all or what it held before.
 
         Raises:
             ArgumentError: if the disk refuses.
@@ -65,14 +67,27 @@ class FullAnswers:
         if not self.fresh:
             return
         beside = self.path.with_name(f".{self.path.name}.fresh")
-        logits = torch.stack(list(self.known.values()))
+        tensors = {"images": torch.tensor(list(self.known)), "values": torch.stack(list(self.known.values()))}
         try:
-            save_file({"images": torch.tensor(list(self.known)), "logits": logits}, beside)
+            save_file(tensors, beside, {"checksum": _checksum(tensors)})
             os.replace(beside, self.path)
         except Exception as error:  # safetensors has errors of its own for the disk's
             beside.unlink(missing_ok=True)
             raise ArgumentError(f"cannot write {self.path}: {first_line(error)}; choose another --cache") from error
-        self.fresh = 0
+        self.fresh, self.saved = False, time.monotonic()
+
+
+def _load(path: Path) -> dict[int, Tensor]:
+    """What `ImageCache.save` wrote."""
+    with safe_open(path, "pt") as file:
+        tensors, meta = {name: file.get_tensor(name) for name in ("images", "values")}, file.metadata() or {}
+    if meta.get("checksum") != _checksum(tensors):
+        raise ValueError("its checksum is another")
+    return dict(zip(tensors["images"].tolist(), tensors["values"], strict=True))
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    return hashlib.blake2b(save(tensors)).hexdigest()
 
 
 def _digest(image: Tensor) -> int:

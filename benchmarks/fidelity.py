@@ -10,7 +10,8 @@ those of --class-map (names of classes, one a line, as timm takes it); by defaul
 are WordNet ids and the model has these classes, or the data set's own where they are as many as the model's. `tokens`
 are those that enter a block, prefix included, mean over blocks and images. `_low` and `_high` are the ends of 95 %
 bootstrap intervals over images; they are paired: each resample draws the same images for all variants. The full model's
-answers are kept in --cache, by its weights and the images' pixels.
+answers are kept in --cache, by its weights and the images' pixels, and so are all scores until the run is complete: the
+same command goes on where it was interrupted; a run that is killed loses a minute.
 
 Latency: afterwards, at batch 1, on --images of the images, all variants in turn (see benchmarks/latency.py). `ratio` is
 to the full model, the median over images of the ratio of medians over --runs; its interval is over images. This needs
@@ -21,16 +22,18 @@ comparator, the cheapest variant of vwt with at most its KL, and what it costs a
 """
 
 import argparse
+import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from answers import FullAnswers, find_class_map, has_labels
+from answers import ImageCache, find_class_map, has_labels
 from fidelity_tables import (
     COLUMNS,
     EQUAL_KL,
@@ -62,7 +65,8 @@ from peers import RandomDrop, TokenMerging, in_the_papers_way
 from torch import Tensor
 from tqdm import tqdm
 
-from vwt import Absorb, Neighbours, Plan, PruningSchedule, VWTokenizer
+import vwt
+from vwt import Absorb, InterImage, Neighbours, Plan, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.calibration import compare
 from vwt.cli import Parser
@@ -89,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfidelity: interrupted; the full model's answers so far are kept in --cache", file=sys.stderr)
+        print("\nfidelity: interrupted; the same command goes on with what is kept in --cache", file=sys.stderr)
         return 130
     return 0
 
@@ -128,14 +132,15 @@ def run(arguments: argparse.Namespace) -> None:
     paths = results_paths(arguments.results_file)
     bench = Bench(arguments, open_device(arguments), load_model(arguments))
     images = open_images(bench)
-    answers = FullAnswers(arguments.cache / answers_name(bench, images.source))
+    answers = ImageCache(arguments.cache / f"full-{answers_name(bench, images.source)}")
     bench.codebooks = load_codebooks(arguments, bench.model, [("embedding", 1000)])
     latency_images = None if arguments.no_latency else bench.images
     place(bench.model, bench.device, arguments.precision)
     variants = make_variants(bench)
     line = hardware(bench.device, arguments.precision)
     print(f"{line}\n{arguments.model}, {len(images.chosen) or 'all'} images of {arguments.data}{images.remark}")
-    scores = measure_fidelity(bench, variants, images, answers)
+    known = ImageCache(arguments.cache / f"scores-{scores_name(bench, variants, answers.path.name, line)}")
+    scores = measure_fidelity(bench, variants, images, answers, known)
     rows = fidelity_rows(scores, {v.name: v.family for v in variants}, arguments.seed)
     header = {"hardware": line, "arguments": vars(arguments), "images": len(scores[ROW_OF_FULL].kl)}
     save_results(paths, header, {"fidelity": rows})  # whatever becomes of the rest
@@ -150,6 +155,7 @@ def run(arguments: argparse.Namespace) -> None:
     save_results(paths, header, tables)
     if arguments.plot:
         plot_fidelity(arguments.plot, rows, f"{arguments.model}, {header['images']} images\n{line}")
+    known.path.unlink(missing_ok=True)
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -204,10 +210,32 @@ def open_images(bench: Bench) -> Images:
 
 
 def answers_name(bench: Bench, source: ImageSource) -> str:
-    """The file of the full model's answers: by model, weights, data set and precision."""
+    """What names the full model's answers: model, weights, data set and precision."""
     precision = f"{bench.arguments.precision}-{bench.device.type}"
     parts = (weights_checksum(bench.model)[:8], source.fingerprint()[:8], f"{source.input_size[-1]}px", precision)
-    return f"full-{PatchSpec.of(bench.model).model}-{'-'.join(parts)}.safetensors"
+    return f"{PatchSpec.of(bench.model).model}-{'-'.join(parts)}.safetensors"
+
+
+def scores_name(bench: Bench, variants: Sequence["Variant"], answers: str, line: str) -> str:
+    """What names the scores: all that they depend on, code, machine and versions included.
+
+    Args:
+        bench: the options.
+        variants: what is measured, in order.
+        answers: what names the full model's.
+        line: of the hardware and versions.
+    """
+    options = (bench.arguments.seed, bench.arguments.batch_size, bench.arguments.limit)
+    digest = hashlib.blake2b(f"{answers}\n{line}\n{options}".encode(), digest_size=8)
+    for variant in variants:
+        strategy, schedule = (getattr(variant.module, part, None) for part in ("strategy", "schedule"))
+        digest.update(f"\n{variant.name}: {strategy}, {schedule}".encode())
+        if isinstance(strategy, InterImage):
+            digest.update(strategy.codebook.words.numpy().tobytes())
+    for folder in (Path(vwt.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return f"{digest.hexdigest()}.safetensors"
 
 
 # -- variants ----------------------------------------------------------------------------------------------------------
@@ -298,17 +326,24 @@ def variants_of_files(bench: Bench) -> list[Variant]:
 
 
 def measure_fidelity(
-    bench: Bench, variants: Sequence[Variant], images: Images, answers: FullAnswers
+    bench: Bench, variants: Sequence[Variant], images: Images, answers: ImageCache, known: ImageCache
 ) -> dict[str, Scores]:
     """Scores of all variants by name, the full model's first.
+
+    Args:
+        bench: the model.
+        variants: what is measured.
+        images: what on.
+        answers: the full model's.
+        known: what `score` found before.
 
     Raises:
         DataError: if no image can be read.
     """
     options = bench.arguments
-    parts: dict[str, list[Scores]] = {variant.name: [] for variant in variants}
+    figures: list[Tensor] = []
+    labels: list[int] = []
     skipped: list[str] = []
-    tokens = full_tokens(bench.model)
     with (
         autocast(bench.device, options.precision),
         tqdm(total=len(images.chosen) or None, desc="fidelity", unit="img", disable=options.quiet) as bar,
@@ -317,45 +352,35 @@ def measure_fidelity(
             for batch in images.batches(options.batch_size, options.workers):
                 skipped += [f"{name} ({reason})" for _, name, reason in batch.skipped]
                 if batch.indices:
-                    for name, scores in score(bench, variants, batch, images.labelled, answers, tokens):
-                        parts[name].append(scores)
-                bar.update(batch.stop - batch.start)
+                    figures.append(known(batch.images, partial(score, bench, variants, batch, answers)))
+                    labels += batch.labels
+                bar.update(len(batch.indices) + len(batch.skipped))
         finally:
             answers.save()
+            known.save()
     if skipped:
         named = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
         print(f"fidelity: left out {len(skipped)} that cannot be read: {named}", file=sys.stderr)
-    if not parts[ROW_OF_FULL]:
+    if not figures:
         raise DataError(f"{options.data} has no image that can be read")
-    return {name: join(own) for name, own in parts.items()}
+    columns = torch.cat(figures).permute(1, 2, 0).numpy()  # (variants, 4, n)
+    return {
+        variant.name: Scores(kl, agrees, (best == labels).astype(float) if images.labelled else None, tokens)
+        for variant, (kl, agrees, best, tokens) in zip(variants, columns, strict=True)
+    }
 
 
-def full_tokens(model: Any) -> int:
-    """Tokens that enter each block of the full model."""
-    backbone = Backbone(model)
-    return backbone.prefix + backbone.patches
-
-
-def score(
-    bench: Bench, variants: Sequence[Variant], batch: Batch, labelled: bool, answers: FullAnswers, tokens: int
-) -> Iterator[tuple[str, Scores]]:
-    """Scores of each variant on one batch."""
-    inputs = bench.prepare(batch.images)
-    full = answers(batch.images, lambda: bench.model(inputs))
-    labels = torch.tensor(batch.labels)
+def score(bench: Bench, variants: Sequence[Variant], batch: Batch, answers: ImageCache) -> Tensor:
+    """KL, agreement, first class and tokens of each variant on the images of one batch: (B, variants, 4) float64."""
+    inputs, backbone = bench.prepare(batch.images), Backbone(bench.model, check=False)
+    full = answers(batch.images, lambda: bench.model(inputs).float().cpu())
+    figures = []
     for variant in variants:
         logits = full if variant.name == ROW_OF_FULL else variant.module(inputs).float().cpu()
         found = compare(full, logits)
-        right = (logits.argmax(-1) == labels).double().numpy() if labelled else None
-        count = mean_tokens(variant.module, tokens, inputs)
-        yield variant.name, Scores(found.kl.double().numpy(), found.agrees.double().numpy(), right, count.numpy())
-
-
-def join(parts: Sequence[Scores]) -> Scores:
-    """Scores of batches one after another."""
-    right = [part.right for part in parts if part.right is not None]
-    kl, agrees, tokens = (np.concatenate([getattr(p, name) for p in parts]) for name in ("kl", "agrees", "tokens"))
-    return Scores(kl, agrees, np.concatenate(right) if right else None, tokens)
+        tokens = mean_tokens(variant.module, backbone.prefix + backbone.patches, inputs)
+        figures.append(torch.stack([x.double() for x in (found.kl, found.agrees, logits.argmax(-1), tokens)], dim=-1))
+    return torch.stack(figures, dim=1)
 
 
 def measure_latency(bench: Bench, variants: Sequence[Variant], batches: list[Tensor]) -> dict[str, np.ndarray]:

@@ -157,6 +157,7 @@ class Ideal(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
+        self.backbone = Backbone(model, check=False)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embed images (B, C, H, W), which is time that nobody is spared, and run the blocks on tokens (B, n, C).
@@ -164,9 +165,8 @@ class Ideal(nn.Module):
         Returns:
             The model's output, and what was embedded.
         """
-        backbone = Backbone(self.model)
-        _, embedded, _ = backbone.embed(images)
-        return self.model.forward_head(backbone.encode(tokens)), embedded
+        _, embedded, _ = self.backbone.embed(images)
+        return self.model.forward_head(self.backbone.encode(tokens)), embedded
 
 
 def strategies(bench: Bench) -> Strategies:

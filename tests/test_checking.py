@@ -1,13 +1,19 @@
 import copy
+import types
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vwt import IntraImage, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
+from vwt.checking import check_parts
 from vwt.errors import ModelError
 
 ARGUMENTS = {"num_classes": 10, "img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}
@@ -21,6 +27,12 @@ class OtherPosition(VisionTransformer):
     def forward_features(self, x, **options):
         tokens = self._pos_embed(self.patch_embed(x)).flip(1)
         return self.norm(self.blocks(self.norm_pre(tokens)))
+
+
+class Longer(VisionTransformer):
+    def forward_features(self, x, **options):
+        tokens = self._pos_embed(self.patch_embed(x))
+        return self.norm(self.blocks(self.norm_pre(torch.cat([tokens, tokens[:, :3]], dim=1))))
 
 
 class Between(VisionTransformer):
@@ -83,6 +95,7 @@ def test_what_computes_the_same_is_supported_whatever_its_class(options):
     ("cls", "part"),
     [
         (OtherPosition, "what enters the first block"),
+        (Longer, "what enters the first block"),
         (Between, "what enters block 2 of 3"),
         (Skipping, "block 1 of 3, which its forward pass does not call once"),
         (Twice, "block 0 of 3, which its forward pass does not call once"),
@@ -108,6 +121,42 @@ def test_a_block_that_changed_is_named(monkeypatch, index):
         Backbone(model)
 
 
+class Casting(VisionTransformer):
+    """It computes a part of its forward pass under a context of its own."""
+
+    part, context = "blocks", staticmethod(lambda: torch.autocast("cpu", torch.bfloat16))
+
+    def forward_features(self, x, **options):
+        tokens = self.norm_pre(self._pos_embed(self.patch_embed(x)))
+        with self.context() if self.part == "blocks" else nullcontext():
+            tokens = self.blocks(tokens)
+        return self.norm(tokens)
+
+    def forward(self, x, **options):
+        features = self.forward_features(x)
+        with self.context() if self.part == "head" else nullcontext():
+            return self.forward_head(features)
+
+
+class Doubling(TorchFunctionMode):
+    """Linear layers come out twice as large."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {})) * (2 if func is nn.functional.linear else 1)
+
+
+@pytest.mark.parametrize("context", [Casting.context, Doubling], ids=["autocast", "mode"])
+@pytest.mark.parametrize(("part", "named"), [("blocks", r"block 0 of 3 \(Block\)"), ("head", "the head")])
+def test_a_context_of_the_forward_pass_is_no_context_of_its_parts(monkeypatch, context, part, named):
+    monkeypatch.setattr(Casting, "context", staticmethod(context))
+    monkeypatch.setattr(Casting, "part", part)
+    with pytest.raises(ModelError, match=named):
+        Backbone(make_model(Casting))
+    if context is not Doubling:
+        with context():  # the parts have it too
+            Backbone(make_model(Casting))
+
+
 def test_unchecked_is_the_users_word():
     images = torch.randn(2, 3, 64, 64)
     with pytest.raises(ModelError):
@@ -127,6 +176,117 @@ def test_the_check_is_one_forward_of_one_image():
     assert shapes == [(1, 3, 64, 64)]
     VWTokenizer(make_model(Counting), IntraImage(0.5), check=False)
     assert len(shapes) == 1
+
+
+class Count(TorchDispatchMode):
+    """How often each operation is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def heavy(self):
+        return sum(n for name, n in self.calls.items() if any(part in name for part in ("mm", "attention", "conv")))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", ARGUMENTS),
+        ("vit_base_patch16_siglip_224", ARGUMENTS),
+        ("vit_small_patch16_rope_224", ARGUMENTS),
+        ("vit_small_patch16_rope_mixed_224", ARGUMENTS),
+        ("vit_small_patch16_dinov3", {"depth": 3, "embed_dim": 48, "num_heads": 3}),
+        ("beit_base_patch16_224", ARGUMENTS),
+        ("naflexvit_base_patch16_gap", {"depth": 3, "embed_dim": 48, "num_heads": 3}),
+    ],
+)
+def test_the_check_costs_one_forward(name, options):
+    """And that of a head, at most, which is handed other tensors."""
+    model = timm.create_model(name, **options).eval()
+    backbone = Backbone(model, check=False)
+    with torch.no_grad(), Count() as one:
+        model(torch.randn(1, *backbone.input_shape))
+    with Count() as all_in_all:
+        check_parts(backbone)
+    assert one.heavy <= all_in_all.heavy <= one.heavy + 6
+    attention = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    assert all_in_all.calls[attention] <= one.calls[attention] + 1
+
+
+class InPlace(Block):
+    """It writes into what it has computed, so that nothing of that can be taken for what the halves would compute."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        attended = self.attn(self.norm1(x))
+        x = x + attended.mul_(2)
+        return x + self.mlp(self.norm2(x)).mul_(0.5)
+
+
+def test_what_was_written_to_is_computed_again(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(Block, "forward", InPlace.forward)
+    with pytest.raises(ModelError, match=r"they part in block 0 of 3 \(Block\)"):
+        Backbone(model)
+    monkeypatch.setattr(Block, "forward", lambda block, x, **_: InPlace.forward(block, x).add_(0))
+    with pytest.raises(ModelError, match=r"they part in block 0 of 3 \(Block\)"):
+        Backbone(model)
+
+
+@pytest.mark.parametrize("view", ["in_place", "shared"])
+def test_writing_that_comes_to_the_same_is_supported(monkeypatch, view):
+    def forward(block, x, **_):
+        attended = block.attn(block.norm1(x))
+        if view == "in_place":
+            attended.view(-1).mul_(2)
+            attended.mul_(0.5)
+        else:
+            attended = attended.expand_as(x).add_(1).sub_(1)
+        x = x + attended
+        return x.add_(block.mlp(block.norm2(x)))
+
+    monkeypatch.setattr(Block, "forward", forward)
+    model, images = make_model(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(VWTokenizer(model)(images), model(images))
+
+
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("change", ["forward", "norm2", "qkv", "scale", "hook"])
+def test_one_block_that_is_another_inside(index, change):
+    """A block that computes something of its own is refused; one whose parts do is supported, since they are called."""
+    model = make_model()
+    block = model.blocks[index]
+    if change == "forward":
+        block.forward = types.MethodType(lambda own, x, **options: Block.forward(own, x, **options) * 1.01, block)
+    elif change == "hook":
+        block.register_forward_hook(lambda module, arguments, output: output + 0.1)
+    else:
+        own = {"norm2": block.norm2, "qkv": block.attn.qkv, "scale": block.ls1}[change]
+        own.forward = types.MethodType(lambda module, x: type(module).forward(module, x) * 1.01, own)
+    if change in ("forward", "hook"):
+        with pytest.raises(ModelError, match=rf"they part in block {index} of 3 \(Block\)"):
+            Backbone(model)
+    else:
+        Backbone(model)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_compiled_block_is_not_compiled_for_the_check(inside):
+    model, compiled = make_model(), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for block in model.blocks:
+        (block.attn if inside else block).compile(backend=backend)
+    Backbone(model)
+    assert not compiled
 
 
 def test_nothing_is_computed_on_the_meta_device():

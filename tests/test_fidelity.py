@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_datasets import write_images
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -292,12 +292,13 @@ def test_unreadable_images_are_named(capsys, folder):
 
 def asked(monkeypatch):
     """Batches that the full model was asked, as they come."""
-    sizes, ask = [], answers.FullAnswers.__call__
+    sizes, ask = [], answers.ImageCache.__call__
 
     def count(self, images, question):
-        return ask(self, images, lambda: sizes.append(len(images)) or question())
+        noted = (lambda: sizes.append(len(images)) or question()) if self.path.name.startswith("full") else question
+        return ask(self, images, noted)
 
-    monkeypatch.setattr(answers.FullAnswers, "__call__", count)
+    monkeypatch.setattr(answers.ImageCache, "__call__", count)
     return sizes
 
 
@@ -308,7 +309,7 @@ def test_full_model_is_asked_once(capsys, monkeypatch, folder):
     assert rows(capsys, "--batch-size", "4") == first
     assert sizes == [4, 3]
     (cached,) = Path("results").glob("full-test_vit*.safetensors")
-    assert load_file(cached)["logits"].shape == (7, 1000)
+    assert load_file(cached)["values"].shape == (7, 1000)
     path = folder / "images" / CLASSES[0] / "000.jpg"
     path.write_bytes((folder / "images" / CLASSES[1] / "001.jpg").read_bytes())  # the same name, another picture
     assert rows(capsys, "--batch-size", "4") != first
@@ -319,35 +320,160 @@ def test_full_model_is_asked_once(capsys, monkeypatch, folder):
     assert sizes == [4, 3, 4, 3]
 
 
-def test_interrupted_run_keeps_answers(capsys, monkeypatch):
-    sizes = asked(monkeypatch)
-    score, calls = fidelity.score, []
+def scored(monkeypatch, stop_at=0):
+    """Indices of the images that are scored, as they come; batch `stop_at` is where Ctrl-C is pressed."""
+    indices, score = [], fidelity.score
 
-    def stop_at_third(*rest):
-        calls.append(1)
-        if len(calls) == 3:
+    def spy(bench, variants, batch, known):
+        indices.append(batch.indices)
+        if len(indices) == stop_at:
             raise KeyboardInterrupt
-        return score(*rest)
+        return score(bench, variants, batch, known)
 
+    monkeypatch.setattr(fidelity, "score", spy)
+    return indices
+
+
+def interrupt(capsys, monkeypatch, *options):
+    """A run in batches of two that is interrupted in its third, and the file that it leaves."""
     with monkeypatch.context() as patch:
-        patch.setattr(fidelity, "score", stop_at_third)
-        status, _, err = run(capsys, [*SOME, "--batch-size", "2"])
+        scored(patch, stop_at=3)
+        status, _, err = run(capsys, [*SOME, "--batch-size", "2", *options])
     assert status == 130
-    assert err.count("\n") <= 2
-    assert "answers so far are kept" in err
-    assert sizes == [2, 2]
+    assert err == "\nfidelity: interrupted; the same command goes on with what is kept in --cache\n"
+    (kept,) = Path("results").glob("scores-*")
+    return kept
+
+
+def test_interrupted_run_goes_on(capsys, monkeypatch, folder):
+    (folder / "images" / CLASSES[0] / "002.jpg").write_bytes(b"")
+    options = ["--batch-size", "2", "--only", "InterImage", "random drop 0.4", "--limit", "7"]
+    status, table, _ = run(capsys, [*SOME, *options])
+    assert status == 0
+    whole = Path("out.json").read_bytes()
+    for path in (Path("out.json"), *Path("results").glob("full-*")):
+        path.unlink()
+    kept = interrupt(capsys, monkeypatch, *options)
+    assert not Path("out.json").exists()
+    indices, sizes = scored(monkeypatch), asked(monkeypatch)
+    status, again, err = run(capsys, [*SOME, *options])
+    assert (status, again, Path("out.json").read_bytes()) == (0, table, whole)
+    assert "left out 1 that cannot be read" in err
+    assert (indices, sizes) == ([[4, 5], [6]], [2, 1])
+    assert not kept.exists()
+
+
+def test_interrupted_latency_keeps_all_scores(capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    options = ["--batch-size", "4", "--only", "random drop 0.4"]
+    indices = scored(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "measure_latency", stop)
+        assert run(capsys, [*QUICK, *options])[0] == 130
+    assert run(capsys, [*QUICK, *options])[0] == 0
+    assert indices == [[0, 1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--seed", "3"],
+        ["--batch-size", "3"],
+        ["--limit", "5"],
+        ["--only", "random drop 0.4"],
+        ["--precision", "bfloat16"],
+        ["--checkpoint", "other.safetensors"],
+        ["--only", "from.json"],
+    ],
+)
+def test_interrupted_run_of_other_options_is_not_taken(capsys, monkeypatch, options):
+    vwt.PruningSchedule({2: 10}).save("from.json")
+    own = ["--only", "from.json", "--schedule", "from.json"] if options[-1] == "from.json" else []
+    kept = interrupt(capsys, monkeypatch, *own)
+    weights = load_file("weights.safetensors")
+    save_file({name: 1.5 * weight for name, weight in weights.items()}, "other.safetensors")
+    vwt.PruningSchedule({2: 11}).save("from.json")
+    indices = scored(monkeypatch)
+    rows(capsys, "--batch-size", "2", *own, *options)
+    assert sum(map(len, indices)) == (5 if "--limit" in options else 7)
+    assert kept.exists(), "the interrupted run can still go on"
+
+
+def test_interrupted_run_of_other_code_is_not_taken(capsys, monkeypatch):
+    interrupt(capsys, monkeypatch)
+    indices, read = scored(monkeypatch), Path.read_bytes
+    changed = Path(vwt.__file__).with_name("pruning.py")
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path == changed))
     rows(capsys, "--batch-size", "2")
-    assert sizes == [2, 2, 2, 1]
+    assert len(indices) == 4
 
 
-def test_damaged_cache_is_one_line(capsys):
-    rows(capsys)
-    (cached,) = Path("results").glob("full-*.safetensors")
-    cached.write_bytes(b"nothing")
+def test_changed_pictures_are_scored_again(capsys, monkeypatch, folder):
+    interrupt(capsys, monkeypatch)
+    path = folder / "images" / CLASSES[0] / "000.jpg"
+    path.write_bytes((folder / "images" / CLASSES[1] / "005.jpg").read_bytes())  # the same name, another picture
+    indices = scored(monkeypatch)
+    found = rows(capsys, "--batch-size", "2")
+    assert indices == [[0, 1], [4, 5]], "the last picture is the first by now"
+    assert found == rows(capsys, "--batch-size", "2")
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped", "empty", "other", "bare"])
+@pytest.mark.parametrize("which", ["scores", "full"])
+def test_damaged_cache_is_made_anew(capsys, monkeypatch, which, damage):
+    whole = rows(capsys, "--batch-size", "2")
+    interrupt(capsys, monkeypatch)
+    (kept,) = Path("results").glob(f"{which}-*")
+    content = bytearray(kept.read_bytes())
+    content[-3] ^= 1
+    kept.write_bytes(
+        {
+            "short": content[:-9],
+            "flipped": content,
+            "empty": b"",
+            "other": save({"weight": torch.ones(3)}),
+            "bare": save({name: tensor.clone() for name, tensor in load_file(kept).items()}),
+        }[damage]
+    )
+    indices, sizes = scored(monkeypatch), asked(monkeypatch)
+    status, _, err = run(capsys, [*SOME, "--batch-size", "2"])
+    assert (status, err.count("\n")) == (0, 1)
+    assert re.match(rf"fidelity: {kept} is damaged \(.+\) and is made anew\n", err)
+    assert len(indices) == (4 if which == "scores" else 2)
+    assert rows(capsys, "--batch-size", "2") == whole
+    assert len(sizes) == (0 if which == "scores" else 4)
+
+
+def test_long_run_is_written_as_it_goes(capsys, monkeypatch):
+    """Killed without a chance to write, it has what there was."""
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "EVERY", 0)
+        scored(patch, stop_at=3)
+        save, writes = answers.ImageCache.save, []
+
+        def die_after_both_batches(cache):
+            writes.append(cache.path.name)
+            if len(writes) <= 4:
+                save(cache)
+
+        patch.setattr(answers.ImageCache, "save", die_after_both_batches)
+        assert run(capsys, [*SOME, "--batch-size", "2"])[0] == 130
+    indices = scored(monkeypatch)
+    rows(capsys, "--batch-size", "2")
+    assert indices == [[4, 5], [6]]
+
+
+def test_full_disk_is_one_line(capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(answers, "save_file", refuse)
     status, _, err = run(capsys, SOME)
     assert (status, err.count("\n")) == (2, 1)
-    assert f"{cached} holds no answers" in err
-    assert "remove it" in err
+    assert "no space left on device; choose another --cache" in err
+    assert not list(Path("results").glob(".*"))
 
 
 def test_whole_table(capsys):
