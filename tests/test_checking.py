@@ -152,9 +152,6 @@ def test_a_context_of_the_forward_pass_is_no_context_of_its_parts(monkeypatch, c
     monkeypatch.setattr(Casting, "part", part)
     with pytest.raises(ModelError, match=named):
         Backbone(make_model(Casting))
-    if context is not Doubling:
-        with context():  # the parts have it too
-            Backbone(make_model(Casting))
 
 
 def test_unchecked_is_the_users_word():
