@@ -7,7 +7,7 @@ sequence, and the calls that they make to `scaled_dot_product_attention` are ans
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Packed:
         counted: (T,) float32, how often attention counts each token as a key; None where all are 1.
         places: where the tokens are, for models whose attention asks for it; else None.
         counts_itself: whether a token is counted so by itself too.
+        biases: what that adds to the attention logits (see `_biases`), once blocks have run; made once for all of them.
         is_dense: whether all images have as many tokens.
     """
 
@@ -43,6 +44,7 @@ class Packed:
     counted: Tensor | None = None
     places: Places | None = None
     counts_itself: bool = True
+    biases: "Sequence[Tensor | None] | None" = None
     is_dense: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ class Packed:
 
     def replace(self, values: Tensor) -> "Packed":
         """Other values of the same tokens."""
-        return Packed(values, self.lengths, self.sizes, self.counted, self.places, self.counts_itself)
+        return Packed(values, self.lengths, self.sizes, self.counted, self.places, self.counts_itself, self.biases)
 
     def take(self, index: Tensor) -> "Packed":
         """Some tokens (b, k) int64 of each image, where all images have as many; prefix tokens must be among them."""
@@ -174,7 +176,9 @@ def run_blocks(
     """
     runs = packed.runs(packed.values)
     together = len(runs) > 1 and not crossing
-    biases, chosen, rotary = _biases(packed), _chosen(packed), _rotary(packed, together)
+    biases, chosen, rotary = packed.biases or _biases(packed), _chosen(packed), _rotary(packed, together)
+    if packed.counted is not None:
+        packed = replace(packed, biases=biases)
     if together:
         attends = [_adjust(attend, *each) for each in zip(biases, chosen, strict=True)]
         with _Attention(attends, packed):

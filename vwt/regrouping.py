@@ -155,9 +155,9 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> "Abs
     """
     unit = F.layer_norm(patches.float(), patches.shape[-1:])
     likeness = unit @ unit.transpose(-2, -1)  # (B, m, m), the correlation times C
-    stronger = received[:, None, :] > received[:, :, None]
-    distance = 1 - (likeness * stronger).amax(dim=-1) / patches.shape[-1]
-    order = (received * distance.clamp(min=1e-3).sqrt()).sort(dim=1, descending=True).indices
+    stronger = received[:, None] > received[..., None]
+    distance = patches.shape[-1] - (likeness * stronger).amax(dim=-1)
+    order = (received.square() * distance).sort(dim=1, descending=True).indices  # that of received · √distance
     kept, dropped = order.tensor_split([order.shape[1] - removed], dim=1)
     return AbsorbPlan(kept, dropped, _among(likeness, dropped, kept).argmax(dim=-1), prefix)
 
@@ -188,10 +188,11 @@ class AbsorbPlan:
     def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Plan`; what is kept counts twice in the mean."""
         weighted = _with_sizes(tokens, sizes)
-        kept = torch.cat([weighted[:, : self.prefix], select(weighted, self.kept + self.prefix)], dim=1)
+        patches = select(weighted, torch.cat([self.kept, self.dropped], dim=1) + self.prefix)
+        kept, dropped = patches.tensor_split([self.kept.shape[1]], dim=1)
+        kept = torch.cat([weighted[:, : self.prefix], kept], dim=1)
         index = flat_index(self.target + self.prefix, kept.shape[1])
-        sums = kept.flatten(0, 1).index_add(0, index, select(weighted, self.dropped + self.prefix).flatten(0, 1))
-        sums = sums.view(kept.shape)
+        sums = kept.flatten(0, 1).index_add(0, index, dropped.flatten(0, 1)).view(kept.shape)
         means, _ = _means(sums + kept, tokens.dtype)
         return means, sums[..., -1]
 
