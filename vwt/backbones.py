@@ -1,6 +1,7 @@
 """What is needed of a model: embed, blocks, head."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -104,13 +105,16 @@ class Backbone:
         return pack(tokens[:, :prefix], merge(tokens[:, prefix:], words), words.lengths, sizes, places, proportion)
 
     def _place(self, embedded: Embedded, words: Words) -> tuple[Places, Tensor]:
-        whole = words.kept is not None
-        if not self.family.moves_places and not whole and not bool((words.weight % 1 == 0).all()):
-            raise self._needs_places("this strategy makes one token of several patches; keep members (IntraImage)")
-        every = Places(words.grid, self.prefix, (), embedded.rotary, whole=whole or not self.family.moves_places)
         if words.kept is not None:
+            every = Places(words.grid, self.prefix, (), embedded.rotary)
             return every, grid_places(words.grid, words.kept.device)[words.kept.flatten()]
-        return every, place_words(words)
+        # A token is where the patch is that makes most of it, if all tokens have one, else at their mean.
+        main = words.weight > 0.5
+        whole = bool(main.sum() == words.counts.sum())
+        if not whole and not self.family.moves_places:
+            raise self._needs_places("this strategy makes one token of several patches; keep members (IntraImage)")
+        every = Places(words.grid, self.prefix, (), embedded.rotary, whole=whole)
+        return every, place_words(replace(words, weight=main.float()) if whole else words)
 
     def _needs_places(self, why: str) -> ModelError:
         return ModelError(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vwt.words import flat_index
+
 
 class Plan(Protocol):
     """Which tokens become which, for a batch."""
@@ -225,10 +227,3 @@ def select(values: Tensor, index: Tensor) -> Tensor:
     """Rows of values (B, n, C) at the places (B, k) int64 of each image: (B, k, C)."""
     rows = values.flatten(0, 1).index_select(0, flat_index(index, values.shape[1]))
     return rows.view(*index.shape, values.shape[2])
-
-
-def flat_index(index: Tensor, count: int) -> Tensor:
-    """Places (B, k) in images of `count` rows each, to rows (B·k,) of all images one after another."""
-    if len(index) == 1:
-        return index[0]
-    return (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()

@@ -17,7 +17,7 @@ from vwt.codebook import Codebook
 from vwt.errors import ArgumentError
 from vwt.matching import WordIndex, check_threshold
 from vwt.patches import PatchSpec, Space
-from vwt.words import KeptPatches, Words, group_words, keep_patches
+from vwt.words import KeptPatches, Words, group_words, keep_patches, weigh
 
 
 @runtime_checkable
@@ -112,13 +112,13 @@ class InterImage(nn.Module):
 class Neighbours(nn.Module):
     """Let a patch stand for a direct neighbour that is like it.
 
-    Redundancy is judged between neighbours, and a real patch is kept with its own position: an average is a token that
-    the model has never seen, and one over distant places has no position. Of the grid's two colours, as on a
+    Redundancy is judged between neighbours, and what is kept is mostly a real patch in its own place: an average is a
+    token that the model has never seen, and one over distant places has no position. Of the grid's two colours, as on a
     chessboard, patches of one may be dropped, so that all neighbours of a dropped patch are kept: those most similar
-    (cosine, in embedding space) to one of their neighbours, which from then on stands for them. Each image takes the
-    colour whose patches are the more similar to their neighbours. Attention counts a patch that stands for s as
-    s ** 0.5 when others attend to it (proportional attention as in Token Merging, arXiv 2210.09461, but of half the
-    strength, and not to itself).
+    (cosine, in embedding space) to one of their neighbours, which from then on stands for them, and counts five times
+    in their mean. Each image takes the colour whose patches are the more similar to their neighbours. The grid's
+    corners stay. Attention counts a patch that stands for s as s ** 0.5 when others attend to it (proportional
+    attention as in Token Merging, arXiv 2210.09461, but of half the strength, and not to itself).
 
     Args:
         drop: share of the patches to drop, in [0, 0.5): all images lose as many; or
@@ -131,6 +131,7 @@ class Neighbours(nn.Module):
 
     space: Space = "embedding"
     proportion = 0.5
+    times = 5.0  # that a patch counts in its mean with those that it stands for
 
     def __init__(
         self, drop: float | None = None, *, threshold: float | None = None, always: Sequence[int] = ()
@@ -168,15 +169,16 @@ class Neighbours(nn.Module):
     def _dropped(self, best: Tensor, side: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
         """Drop as many patches of each image, the most alike of the colour that is more alike altogether."""
         count = int(best.shape[1] * (self.drop or 0.0) + 1e-9)
-        most = min(board.places) - len(self.always)
-        if count > most:
-            raise ArgumentError(f"{self} drops {count} of {best.shape[1]} patches; {most} can go here; drop fewer")
+        if count > board.most:
+            raise ArgumentError(
+                f"{self} drops {count} of {best.shape[1]} patches; {board.most} can go here; drop fewer"
+            )
         colour = (best @ board.contrast > 0).long()
         dropped = (best + board.forbidden.index_select(0, colour)).topk(count, dim=1, sorted=False).indices
         # What is dropped goes to the end, so that the others come first, in their order.
         order = board.everything.expand(len(best), -1).scatter(1, dropped, best.shape[1]).sort(dim=1).values
         standing = board.neighbours.take(torch.add(side.gather(1, dropped), dropped, alpha=4))
-        return KeptPatches(order[:, : best.shape[1] - count], grid, dropped, standing)
+        return KeptPatches(order[:, : best.shape[1] - count], grid, dropped, standing, self.times)
 
     def _dropped_within(self, best: Tensor, side: Tensor, board: "_Board", grid: tuple[int, int]) -> Words:
         """Drop what is alike enough, of the colour in which there is more of it."""
@@ -186,7 +188,8 @@ class Neighbours(nn.Module):
         partner = board.neighbours.take(torch.add(side, board.everything, alpha=4))
         stands_for = torch.where(dropped, partner, board.everything)
         group = ((~dropped).cumsum(dim=1) - 1).gather(1, stands_for)
-        return Words(group, (~dropped).float(), (~dropped).sum(dim=1), grid)
+        sizes = torch.zeros_like(best).scatter_add(1, group, torch.ones_like(best))
+        return Words(group, weigh(group, ~dropped, sizes, self.times), (~dropped).sum(dim=1), grid)
 
     def _board(self, grid: tuple[int, int], device: torch.device) -> "_Board":
         if torch.compiler.is_compiling():  # which folds constants itself
@@ -213,7 +216,7 @@ class _Board(NamedTuple):
         outside: (N, 4) far below any likeness where there is no neighbour, or the patch always stays, else 0.
         contrast: (N,) whose product with the patches' likeness says which colour has more: the second, if positive.
         forbidden: (2, N) for each colour, far below any likeness where a patch is of the other one, else 0.
-        places: patches of each colour.
+        most: patches of either colour that can be dropped.
     """
 
     everything: Tensor
@@ -222,7 +225,7 @@ class _Board(NamedTuple):
     outside: Tensor
     contrast: Tensor
     forbidden: Tensor
-    places: tuple[int, int]
+    most: int
 
 
 _FAR = 1e3  # from any likeness
@@ -237,7 +240,8 @@ def _make_board(grid: tuple[int, int], always: Sequence[int], device: torch.devi
         around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
         inside = [0 <= r < rows and 0 <= c < columns for r, c in around]
         neighbours.append([r * columns + c if ok else 0 for (r, c), ok in zip(around, inside, strict=True)])
-        stays.append(row * columns + column in always or not any(inside))
+        corner = row in (0, rows - 1) and column in (0, columns - 1)
+        stays.append(corner or row * columns + column in always)
         outside.append([0.0 if ok and not stays[-1] else -_FAR for ok in inside])
         colour.append((row + column) % 2)
     table, second = torch.tensor(neighbours, device=device), torch.tensor(colour, device=device)
@@ -251,5 +255,5 @@ def _make_board(grid: tuple[int, int], always: Sequence[int], device: torch.devi
         torch.tensor(outside, device=device),
         share.masked_fill(torch.tensor(stays, device=device), 0.0),
         torch.stack([second * -_FAR, (1 - second) * -_FAR]),
-        places,
+        min(sum(own == which and not stay for own, stay in zip(colour, stays, strict=True)) for which in (0, 1)),
     )

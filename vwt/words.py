@@ -41,8 +41,7 @@ class Words:
         grid: (rows, columns) of the patches, rows * columns = N.
         count: tokens an image where the strategy gives every image as many, else None. It spares a device
             synchronisation and keeps shapes static.
-        kept: (B, count) int64, the patch that each token is, where all tokens are patches as they are, else None. It
-            spares the arithmetic of means; patches of the group that are not kept have weight 0.
+        kept: (B, count) int64, where each token is one patch, or mostly that: which one, else None. See `KeptPatches`.
     """
 
     group: Tensor
@@ -99,23 +98,31 @@ def group_words(labels: Tensor, num_labels: int, grid: tuple[int, int]) -> Words
 
 
 class KeptPatches(Words):
-    """Words whose tokens are patches as they are; all but these is worked out when it is asked for.
+    """Words whose tokens are patches, as they are or mostly; all but these is worked out when it is asked for.
 
     Args:
         kept: (B, n) int64, distinct patch indices of each image, ascending.
         grid: (rows, columns) of the patches.
         dropped: (B, N - n) int64, the other patches, if one of the kept ones stands for each.
         standing: (B, N - n) int64, the kept patch that stands for each of these.
+        times: how often a kept patch counts in the mean with those that it stands for.
     """
 
     kept: Tensor
     dropped: Tensor | None
     standing: Tensor
+    times: float
 
     def __init__(
-        self, kept: Tensor, grid: tuple[int, int], dropped: Tensor | None = None, standing: Tensor | None = None
+        self,
+        kept: Tensor,
+        grid: tuple[int, int],
+        dropped: Tensor | None = None,
+        standing: Tensor | None = None,
+        times: float = 1.0,
     ) -> None:
-        own = {"kept": kept, "grid": grid, "count": kept.shape[1], "dropped": dropped, "standing": standing}
+        own = {"kept": kept, "grid": grid, "count": kept.shape[1]}
+        own |= {"dropped": dropped, "standing": standing, "times": times}
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -136,7 +143,9 @@ class KeptPatches(Words):
     @once
     def weight(self) -> Tensor:
         """See `Words`."""
-        return (self._place >= 0).float()
+        if self.dropped is None:
+            return (self._place >= 0).float()
+        return weigh(self.group, self._place >= 0, self.sizes.view(self.kept.shape), self.times)
 
     @once
     def counts(self) -> Tensor:
@@ -169,12 +178,39 @@ def merge(tokens: Tensor, words: Words) -> Tensor:
 
     Each merged token is the weighted sum of its patches, accumulated in float32 for lower precisions.
     """
-    if words.kept is not None:
-        if len(tokens) == 1:
-            return tokens[0].index_select(0, words.kept[0])
-        return tokens.gather(1, words.kept[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
+    if isinstance(words, KeptPatches):
+        return _merge_kept(tokens, words)
     weighted = tokens * words.weight[..., None]  # float32, or wider
     return _sum_rows(weighted, words).to(tokens.dtype)
+
+
+def weigh(group: Tensor, kept: Tensor, sizes: Tensor, times: float) -> Tensor:
+    """Each patch's share (B, N) of its token, in the mean of which a kept patch counts `times` times.
+
+    Args:
+        group: (B, N) int64, the token of each patch.
+        kept: (B, N), whether it is the one of its token that is kept.
+        sizes: (B, n) float32, patches in each token, in the order of their numbers.
+        times: at least 1.
+    """
+    return torch.where(kept, times, 1.0) / (sizes.gather(1, group) + (times - 1))
+
+
+def _merge_kept(tokens: Tensor, words: KeptPatches) -> Tensor:
+    rows, wide = tokens.flatten(0, 1), torch.promote_types(tokens.dtype, torch.float32)
+    if words.dropped is None:
+        return rows.index_select(0, flat_index(words.kept, tokens.shape[1]))
+    dropped = rows.index_select(0, flat_index(words.dropped, tokens.shape[1])).to(wide)
+    sums = rows.to(wide).index_add(0, flat_index(words.standing, tokens.shape[1]), dropped, alpha=1 / words.times)
+    merged = sums.index_select(0, flat_index(words.kept, tokens.shape[1]))
+    return merged.div_((words.sizes[:, None] - 1) / words.times + 1).to(tokens.dtype)
+
+
+def flat_index(index: Tensor, count: int) -> Tensor:
+    """Places (B, k) in images of `count` rows each, to rows (B·k,) of all images one after another."""
+    if len(index) == 1:
+        return index[0]
+    return (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def regroup(words: Words, places: Tensor, counts: tuple[int, ...]) -> Words:
