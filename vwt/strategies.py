@@ -115,8 +115,8 @@ class Neighbours(nn.Module):
     Redundancy is judged between neighbours, and what is kept is mostly a real patch in its own place: an average is a
     token that the model has never seen, and one over distant places has no position. Of the grid's two colours, as on a
     chessboard, patches of one may be dropped, so that all neighbours of a dropped patch are kept: those most similar
-    (cosine, in embedding space) to one of their neighbours, which from then on stands for them, and counts five times
-    in their mean. Each image takes the colour whose patches are the more similar to their neighbours. The grid's
+    (cosine, in embedding space) to one of their neighbours, which from then on stands for them, and counts eight
+    times in their mean. Each image takes the colour whose patches are the more similar to their neighbours. The grid's
     corners stay. Attention counts a patch that stands for s as s ** 0.5 when others attend to it (proportional
     attention as in Token Merging, arXiv 2210.09461, but of half the strength, and not to itself).
 
@@ -131,7 +131,7 @@ class Neighbours(nn.Module):
 
     space: Space = "embedding"
     proportion = 0.5
-    times = 5.0  # that a patch counts in its mean with those that it stands for
+    times = 8.0  # that a patch counts in its mean with those that it stands for
 
     def __init__(
         self, drop: float | None = None, *, threshold: float | None = None, always: Sequence[int] = ()
