@@ -7,7 +7,7 @@ from test_pruning import make_model
 from test_strategies import make_codebook
 from timm.data import create_transform, resolve_model_data_config
 
-from vwt import Fuse, InterImage, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, InterImage, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.calibration import Calibration, Fidelity, compare, load_images
 from vwt.errors import ArgumentError, DataError, ImageError
 from vwt.patches import PatchSpec
@@ -59,7 +59,14 @@ def test_means_of_fidelity():
 
 # -- what reductions change --------------------------------------------------------------------------------------------
 
-REDUCTIONS = [{}, {0: Prune(5)}, {2: Merge(0.4)}, {1: Fuse(4), 2: Prune(3)}, {3: Prune(3)}, {0: Merge(2), 3: Prune(3)}]
+REDUCTIONS = [
+    {},
+    {0: Prune(5)},
+    {2: Merge(0.4)},
+    {1: Absorb(4), 2: Prune(3)},
+    {3: Prune(3)},
+    {0: Merge(2), 3: Prune(3)},
+]
 
 
 def codebook_of(images):
@@ -103,7 +110,7 @@ def test_reductions_change_what_they_change_in_the_model(reductions, keep, pool)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("reductions", [{}, {0: 0.2}, {1: Fuse(0.3), 2: Merge(0.2)}], ids=repr)
+@pytest.mark.parametrize("reductions", [{}, {0: 0.2}, {1: Absorb(0.3), 2: Merge(0.2)}], ids=repr)
 def test_strategies_change_what_they_change_in_the_model(name, reductions):
     model, strategy = make_model(), STRATEGIES[name]()
     calibration = make_calibration(64, model)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from test_tokenizer import EveryOther, make_images, make_inter
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
-from vwt.pruning import Fuse
+from vwt import Absorb, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.strategies import Neighbours
 
 pytestmark = pytest.mark.skipif(
@@ -77,14 +76,23 @@ SCHEDULES = {
     "prune": PruningSchedule({0: Prune(10)}),
     "merge": PruningSchedule({0: Merge(10)}),
     "both": PruningSchedule({0: Merge(0.3), 1: Prune(5)}),
-    "fuse": PruningSchedule({0: Fuse(10), 1: Prune(5)}),
+    "absorb": PruningSchedule({0: Absorb(30), 1: Prune(5)}),
+    "absorb twice": PruningSchedule({0: Absorb(0.6), 1: Absorb(5)}),
 }
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("name", "schedule", "batch"),
-    [("none", "prune", 1), ("none", "merge", 3), ("none", "both", 1), ("intra", "both", 3), ("neighbours", "fuse", 2)],
+    [
+        ("none", "prune", 1),
+        ("none", "merge", 3),
+        ("none", "both", 1),
+        ("none", "absorb", 1),
+        ("intra", "both", 3),
+        ("intra", "absorb twice", 1),
+        ("neighbours", "absorb", 2),
+    ],
 )
 def test_reductions_inside_the_blocks_are_one_graph_for_all_images(name, schedule, batch):
     fast = VWTokenizer(make_model(depth=2), FIXED[name](), SCHEDULES[schedule])
@@ -121,8 +129,9 @@ def test_compiled_blocks_that_do_not_prune_keep_fused_attention():
 
 @torch.inference_mode()
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
-def test_what_inductor_makes_of_reductions():
-    fast = VWTokenizer(make_model(), None, PruningSchedule({0: Prune(10)}))
+@pytest.mark.parametrize("reduction", [Prune(10), Absorb(30)], ids=repr)
+def test_what_inductor_makes_of_reductions(reduction):
+    fast = VWTokenizer(make_model(depth=2), None, PruningSchedule({0: reduction}))
     compiled = torch.compile(fast)
     for images in make_batches(2, 2):
         torch.testing.assert_close(compiled(images), fast(images), **CLOSE)

@@ -5,7 +5,7 @@ import timm
 import torch
 from test_tokenizer import EveryOther, make_images, make_inter
 
-from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError
 
 pytestmark = pytest.mark.skipif(
@@ -20,15 +20,28 @@ POOLS = {
     "all": {"global_pool": ""},
     "one_size": {"dynamic_img_size": False, "img_size": 160},
 }
-FIXED = {"none": lambda: None, "intra": lambda: IntraImage(0.4), "nothing_dropped": lambda: IntraImage(0)}
+FIXED = {
+    "none": lambda: None,
+    "intra": lambda: IntraImage(0.4),
+    "nothing_dropped": lambda: IntraImage(0),
+    "near": lambda: Neighbours(0.4),
+}
 VARYING = {"inter": lambda: make_inter(make_model(), "embedding"), "own": EveryOther}
-CASES = [("intra", pool) for pool in POOLS] + [("none", "token"), ("nothing_dropped", "avg")]
+CASES = [("intra", pool) for pool in POOLS] + [("none", "token"), ("nothing_dropped", "avg"), ("near", "registers")]
 SCHEDULES = {
     "prune": PruningSchedule({1: Prune(10)}),
     "merge": PruningSchedule({1: Merge(10)}),
+    "absorb": PruningSchedule({1: Absorb(30)}),
     "both": PruningSchedule({0: Merge(0.3), 1: Prune(5)}),
 }
-REDUCED = [("none", "token", "prune"), ("none", "token", "merge"), ("intra", "avg", "both"), ("intra", "all", "both")]
+REDUCED = [
+    ("none", "token", "prune"),
+    ("none", "token", "merge"),
+    ("none", "token", "absorb"),
+    ("intra", "avg", "both"),
+    ("intra", "all", "both"),
+    ("intra", "registers", "absorb"),
+]
 REFUSED = r"gives every image its own number of tokens, which cannot be exported; export with .* \(IntraImage\)"
 
 

@@ -9,7 +9,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 
-from vwt import Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ModelError
 from vwt.patches import patchify
 
@@ -105,7 +105,7 @@ def make_inter(model, images):
 
 
 STRATEGIES = {"none": lambda *_: None, "intra": lambda *_: IntraImage(0.3), "inter": make_inter}
-SCHEDULES = {"none": {}, "prune": {1: Prune(2)}, "merge": {1: Merge(2)}}
+SCHEDULES = {"none": {}, "prune": {1: Prune(2)}, "merge": {1: Merge(2)}, "absorb": {1: Absorb(2)}}
 REDUCED = [(strategy, schedule) for strategy in STRATEGIES for schedule in SCHEDULES][1:]
 
 

@@ -242,7 +242,7 @@ def test_figures_are_those_of_the_models(capsys):
     full_row = {name: found["full"][name] for name in ("kl", "agreement", "tokens", "top1_change")}
     assert full_row == {"kl": 0, "agreement": 1, "tokens": 101, "top1_change": 0}
     assert list(found) == ["full", "random drop 0.4", "Neighbours 0.225", *list(found)[3:]]
-    assert all(name.startswith("Neighbours 0.225 + Fuse") for name in list(found)[3:])
+    assert all(name.startswith("Neighbours 0.225 + Absorb") for name in list(found)[3:])
 
 
 def test_class_map_gives_labels_and_leaves_other_classes_out(capsys):
@@ -489,7 +489,7 @@ def test_whole_table(capsys):
         "top-k", "POMT, the paper's way",
     ]  # fmt: skip
     assert found["Neighbours 0.4"]["tokens"] == 61
-    assert found["Neighbours 0.4 + Fuse(0.5) in block 3"]["tokens"] == 1 + (4 * 60 + 2 * 30) / 6
+    assert found["Neighbours 0.4 + Absorb(0.5) in block 3"]["tokens"] == 1 + (4 * 60 + 2 * 30) / 6
     assert found["schedule mine.json"]["tokens"] == 1 + (3 * 100 + 3 * 90) / 6
     for removed in (28, 56, 84):
         own, paper = found[f"Prune({removed}) in block 3"], found[f"POMT R {removed} in block 3"]

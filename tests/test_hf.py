@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from vwt import (
+    Absorb,
     Codebook,
     InterImage,
     IntraImage,
@@ -106,7 +107,7 @@ STRATEGIES = {
     "pixel": lambda *given: make_inter("pixel", *given),
     "embedding": lambda *given: make_inter("embedding", *given),
 }
-SCHEDULES = {"none": {}, "prune": {1: Prune(2)}, "merge": {1: Merge(2)}}
+SCHEDULES = {"none": {}, "prune": {1: Prune(2)}, "merge": {1: Merge(2)}, "absorb": {1: Absorb(2)}}
 REDUCED = [(strategy, schedule) for strategy in STRATEGIES for schedule in SCHEDULES][1:]
 
 

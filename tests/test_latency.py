@@ -181,6 +181,7 @@ def test_table_at_batch_1(capsys):
         *(f"IntraImage {drop}" for drop in (0.25, 0.33, 0.5)),
         "InterImage embedding 20, 0.1",
         *(f"Prune({removed}) in block 3" for removed in (28, 56, 84)),
+        *(f"Absorb({removed}) in block {block}" for block, removed in ((3, 60), (3, 80), (3, 98), (4, 98))),
         "ToMe r 8",
         "ToMe r 13",
         "top-k, 50 kept in block 3",

@@ -7,11 +7,11 @@ from test_calibration import codebook_of, make_images
 from test_profile import make_profile
 from test_pruning import make_model
 
-from vwt import Fuse, InterImage, Neighbours, Plan, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, InterImage, Neighbours, Plan, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import CodebookError, DocumentError, MismatchError
 from vwt.plan import Point, describe, make_strategy
 
-POINT = Point({"name": "Neighbours", "drop": 0.2}, PruningSchedule({1: Fuse(3), 2: 0.25}), 7.5, 0.75, 0.0125, 0.9375)
+POINT = Point({"name": "Neighbours", "drop": 0.2}, PruningSchedule({1: Absorb(3), 2: 0.25}), 7.5, 0.75, 0.0125, 0.9375)
 WHOLE = Point(None, PruningSchedule({}), 10.0, 1.0, 0.0, 1.0)
 SINGLE = Point(None, PruningSchedule({1: Prune(4)}), 9.0, 0.9, 0.003, 0.98)
 
@@ -94,8 +94,8 @@ def test_the_front_and_the_choice():
     assert lines[2].endswith("Prune(4) in block 1")
     assert lines[3] == lines[5] == str(POINT)
     assert lines[4] == "chosen for ratio 0.75:"
-    for part in ("0.750", "7.50 ms", "KL 0.0125", "93.8 %", "Neighbours(drop=0.2), Fuse(3) in block 1, Prune(0.25)"):
-        assert part.replace(", Fuse", " + Fuse") in lines[3]
+    for part in ("0.750", "7.50 ms", "KL 0.0125", "93.8 %", "Neighbours(drop=0.2), Absorb(3) in block 1, Prune(0.25)"):
+        assert part.replace(", Absorb", " + Absorb") in lines[3]
 
 
 def test_no_plan_is_faster():

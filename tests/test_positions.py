@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import create_rope_embed
 
-from vwt import Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ModelError
 from vwt.packing import Packed
 from vwt.patches import PatchSpec, patchify
@@ -177,7 +177,7 @@ def test_kept_patches_keep_their_bias():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("reduction", [Prune(4), Merge(4)], ids=repr)
+@pytest.mark.parametrize("reduction", [Prune(4), Merge(4), Absorb(4)], ids=repr)
 def test_places_follow_reductions(reduction):
     fast = VWTokenizer(make_model(), None, PruningSchedule({1: reduction, 2: reduction}))
     packed, words = fast.forward_features(make_images(), unmerge=False)

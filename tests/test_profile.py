@@ -11,7 +11,7 @@ from test_pruning import make_model
 
 from vwt.errors import ArgumentError, DocumentError, MismatchError, ModelError
 from vwt.profile import LatencyProfile
-from vwt.pruning import KINDS, Fuse, Merge, Prune, patches_entering
+from vwt.pruning import KINDS, Absorb, Merge, Prune, patches_entering
 
 PATCHES, PREFIX, DEPTH = 16, 1, 4
 COUNTS = [2, 5, 9, 17]
@@ -19,8 +19,7 @@ REDUCTIONS = {
     "first": [0.25],
     "prune": [1.0, 0.5],
     "merge": [2.0, 0.125],
-    "fuse": [4.0, 0.0625],
-    "absorb": [8.0, 0.03125],
+    "absorb": [4.0, 0.0625],
 }
 
 
@@ -88,7 +87,7 @@ def slow_predict(profile, reductions, patches=None):
             COUNTS[0] if last else count
         )  # the MLP; of prefix tokens alone it is taken as the least measured
         total += 7.0 * merged
-        merged = merged or isinstance(reduction, Merge | Fuse)
+        merged = merged or isinstance(reduction, Merge | Absorb)
     return total + REDUCTIONS["first"][0] * bool(happens)
 
 
@@ -97,8 +96,9 @@ REDUCED = [
     {0: Prune(4)},
     {1: Prune(0.5)},
     {1: Merge(8)},
-    {0: Fuse(3), 2: Prune(5)},
-    {0: Merge(3), 1: Fuse(3), 2: Merge(2)},
+    {0: Absorb(3), 2: Prune(5)},
+    {0: Merge(3), 1: Absorb(3), 2: Merge(2)},
+    {1: Absorb(0.99)},
     {3: Prune(5)},
     {1: Prune(3), 3: Merge(5)},
     {0: Prune(100)},
@@ -225,15 +225,19 @@ CHANGES = {
     "unknown": ({"speed": 3}, "has not the fields of one: unknown speed"),
     "missing": ({"head": ...}, "without head"),
     "format": ({"format": "vwt plan"}, "is no profile of vwt"),
-    "version": ({"version": 2}, "is of version 2"),
+    "newer": ({"version": 3}, "is of version 3, this vwt reads version 2; write it again"),
+    "of other reductions": ({"version": 1}, "is of version 1, this vwt reads version 2; write it again"),
     "too few": ({"block": [1.0, 2.0]}, "has not 4 numbers in 'block'"),
     "no numbers": ({"attention": [1.0, 2.0, "3", 4.0]}, "has not 4 numbers in 'attention'"),
     "nothing": ({"counting": None}, "has not 4 numbers in 'counting'"),
     "one count": ({"counts": [17], "block": [1.0], "attention": [1.0], "counting": [1.0]}, "at least two counts"),
     "no counts": ({"counts": "many"}, "at least two counts"),
-    "fewer kinds": ({"reductions": {"first": [1.0], "prune": [1.0, 1.0]}}, "the reductions first, prune, merge, fuse"),
-    "no reductions": ({"reductions": []}, "the reductions first, prune, merge, fuse"),
-    "a part of one": ({"reductions": {**REDUCTIONS, "fuse": [1.0]}}, "has not 2 numbers in 'fuse'"),
+    "fewer kinds": (
+        {"reductions": {"first": [1.0], "prune": [1.0, 1.0]}},
+        "the reductions first, prune, merge, absorb",
+    ),
+    "no reductions": ({"reductions": []}, "the reductions first, prune, merge, absorb"),
+    "a part of one": ({"reductions": {**REDUCTIONS, "absorb": [1.0]}}, "has not 2 numbers in 'absorb'"),
     "no machine": ({"machine": None}, "does not say where it was measured"),
     "no device": ({"machine": {"cpu": "a"}}, "does not say where it was measured"),
     "embed": ({"embed": "fast"}, "embed"),

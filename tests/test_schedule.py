@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_profile import make_profile
 
-from vwt import Fuse, Merge, Prune, PruningSchedule
+from vwt import Absorb, Merge, Prune, PruningSchedule
 from vwt.errors import ArgumentError, DocumentError
 from vwt.schedule import down_to, utility
 
 amounts = st.integers(1, 10**9) | st.floats(0, 1, exclude_min=True, exclude_max=True)
-reductions = amounts.map(Prune) | amounts.map(Merge) | amounts.map(Fuse)
+reductions = amounts.map(Prune) | amounts.map(Merge) | amounts.map(Absorb)
 schedules = st.dictionaries(st.integers(0, 50), reductions, max_size=5).map(PruningSchedule)
 SCHEDULE = PruningSchedule({6: Merge(40), 3: 0.25})
 
@@ -40,7 +40,7 @@ def test_a_mapping_in_the_order_of_the_blocks():
 
 @given(schedules)
 def test_its_repr_makes_it(schedule):
-    names = {"Prune": Prune, "Merge": Merge, "Fuse": Fuse, "PruningSchedule": PruningSchedule}
+    names = {"Prune": Prune, "Merge": Merge, "Absorb": Absorb, "PruningSchedule": PruningSchedule}
     assert eval(repr(schedule), names) == schedule
 
 
@@ -330,9 +330,14 @@ def test_pruning_down_to_a_count():
 
 def test_a_table():
     profile = make_profile()
-    schedule = PruningSchedule({0: Fuse(3), 2: 0.5})
+    schedule = PruningSchedule({0: Absorb(3), 2: 0.5})
     title, *rows, total = schedule.table(profile).splitlines()
     assert title.split() == ["block", "tokens", "reduction"]
-    assert [row.split() for row in rows] == [["0", "17", "Fuse(3)"], ["1", "14"], ["2", "14", "Prune(0.5)"], ["3", "8"]]
+    assert [row.split() for row in rows] == [
+        ["0", "17", "Absorb(3)"],
+        ["1", "14"],
+        ["2", "14", "Prune(0.5)"],
+        ["3", "8"],
+    ]
     own, full = profile.predict(schedule), profile.predict()
     assert total == f"predicted {own:.2f} ms of {full:.2f} ms ({own / full:.3f}) for a batch of 1"

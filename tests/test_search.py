@@ -1,14 +1,15 @@
+import math
+
 import pytest
-import torch
 from test_calibration import make_images
 from test_profile import REDUCTIONS, make_profile
 from test_pruning import make_model
 
-from vwt import Absorb, Fuse, IntraImage, Neighbours, Prune, PruningSchedule, VWTokenizer, calibration
+from vwt import Absorb, IntraImage, Neighbours, Prune, PruningSchedule, VWTokenizer, calibration
 from vwt.calibration import Calibration
 from vwt.errors import ArgumentError
 from vwt.pruning import patches_entering
-from vwt.search import Candidate, Option, Search
+from vwt.search import BLOCKS, SHARES, Candidate, Option, Search
 
 FREE = {name: [0.0] * len(values) for name, values in REDUCTIONS.items()}
 
@@ -68,7 +69,7 @@ def test_more_tries_are_no_worse(search):
 
 
 def test_what_an_option_costs_counts(search):
-    profile, reductions = search.profile, ((1, Fuse(2)),)
+    profile, reductions = search.profile, ((1, Absorb(2)),)
     assert search.predict(Candidate("", reductions)) == profile.predict(dict(reductions))
     patches = search.options["drop"].patches
     assert patches == 13
@@ -90,10 +91,9 @@ def test_the_least_is_that_of_a_single_reduction(search):
     made = []
     for name, option in search.options.items():
         for block in range(3):  # the last one changes nothing
-            for kind in (Absorb, Fuse):
-                most = kind.most(option.patches)
-                what = kind(min(most / option.patches, 1 - 1e-9)) if option.by_share else kind(most)
-                made.append(search.predict(Candidate(name, ((block, what),))))
+            most = Absorb.most(option.patches)
+            what = Absorb(min(most / option.patches, 1 - 1e-9)) if option.by_share else Absorb(most)
+            made.append(search.predict(Candidate(name, ((block, what),))))
     assert search.least() == pytest.approx(min(made))
 
 
@@ -140,7 +140,7 @@ def test_shares_where_images_differ(search):
 
 
 def test_a_guess_adds_what_each_changes_alone(search):
-    one, other = ((0, Fuse(2)),), ((1, Absorb(4)),)
+    one, other = ((0, Absorb(2)),), ((1, Absorb(4)),)
     alone = [search.guess(Candidate("", reductions)) for reductions in (one, other)]
     both = search.guess(Candidate("", one + other))
     assert alone[0] < both
@@ -148,16 +148,36 @@ def test_a_guess_adds_what_each_changes_alone(search):
     assert search.guess(Candidate("", ((3, Absorb(4)),))) == 0  # the last block
 
 
-@pytest.mark.parametrize("kind", [Absorb, Fuse])
-def test_a_guess_is_what_was_measured_where_it_was(search, kind):
-    shares = {Absorb: 0.3, Fuse: 0.28}
-    candidate = Candidate("", ((1, kind(int(shares[kind] * 16))),))
-    entered = candidate.blocks[1].removed(16) / 16
-    measured = search.kl(candidate)
-    logs, kls = search.damage[kind.__name__.lower(), 1]
-    assert torch.tensor(kls[1]).exp().item() == pytest.approx(measured, rel=1e-5)
-    assert len(logs) == 3
-    assert entered == pytest.approx(shares[kind], abs=0.07)
+@pytest.mark.parametrize("block", range(3))
+def test_what_each_block_harms_alone_is_what_was_measured(search, block):
+    counts = [int(share * 16) for share in SHARES]
+    measured = [search.kl(Candidate("", ((block, Absorb(count)),))) for count in counts]
+    assert counts == [1, 4, 9]
+    assert search.damage[block] == pytest.approx([math.log(kl) for kl in measured])
+    # Of few patches, a count is hardly the share that it stands for: what is guessed is a little off.
+    guesses = [search.guess(Candidate("", ((block, Absorb(count)),))) for count in counts[1:]]
+    assert guesses == pytest.approx(measured[1:], rel=0.5)
+
+
+def test_a_guess_at_a_share_is_what_was_measured():
+    """Between shares and beyond them it follows the lines through their logarithms, and never falls."""
+    search = make_search(profile=make_profile(reductions=FREE, depth=4), strategies=())
+    search.damage[1] = [math.log(kl) for kl in (0.01, 0.09, 0.02)]
+    at = [search.guess(Candidate("", ((1, Absorb(share)),))) for share in (0.125, 0.25, 0.3125, 0.625, 0.875)]
+    slope = math.log(9) / math.log(0.3 / 0.12)
+    expected = [0.01 * (share / 0.12) ** slope for share in (0.125, 0.25)] + [0.09] * 3
+    assert at == pytest.approx(expected)
+
+
+def test_blocks_that_harm_least_for_what_they_spare_are_combined(search):
+    profile = search.profile
+    assert list(search.blocks) == [0, 1, 2]  # in the last one nothing changes
+    assert set(search.damage) == set(search.blocks)
+    harm = [math.exp(search.damage[block][1]) / (profile.depth - block) ** 2 for block in search.gentle]
+    assert harm == sorted(harm)
+    assert len(search.gentle) == min(BLOCKS, 3)
+    whole = make_search(strategies=(), profile=make_profile(reductions=FREE, reads_prefix_only=False))
+    assert list(whole.blocks) == [0, 1, 2, 3]
 
 
 def test_an_option_of_its_own_count():

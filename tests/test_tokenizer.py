@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
-from vwt import Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, MismatchError, ModelError
 from vwt.packing import Packed
 from vwt.patches import PatchSpec, patchify
@@ -417,7 +417,12 @@ def test_patch_dropout_in_train_mode_is_refused(images):
 
 # -- fewer tokens inside the blocks ------------------------------------------------------------------------------------
 
-SCHEDULES = {"prune": {1: 30}, "merge": {1: Merge(20)}, "several": {0: Merge(0.2), 2: 10, 5: Merge(5)}}
+SCHEDULES = {
+    "prune": {1: 30},
+    "merge": {1: Merge(20)},
+    "absorb": {1: Absorb(30)},
+    "several": {0: Merge(0.2), 2: 10, 5: Merge(5)},
+}
 MODELS = {
     "token": {},
     "avg": {"global_pool": "avg"},
@@ -542,8 +547,9 @@ def test_images_that_are_one_word_have_nothing_to_lose(images, schedule):
     blank = images[:2, :, :16, :16].repeat(1, 1, 10, 10)
     fast = make_reduced("inter_pixel", schedule)
     assert fast.tokenize(blank).lengths == (1, 1)
-    expected = VWTokenizer(fast.model, fast.strategy)(blank)
-    torch.testing.assert_close(fast(blank), expected, **CLOSE)
+    expected = fast(blank)
+    if schedule != "absorb":  # after which attention counts a word by its patches, whether it absorbed any or not
+        torch.testing.assert_close(expected, VWTokenizer(fast.model, fast.strategy)(blank), **CLOSE)
     together = fast(torch.cat([blank, images]))
     torch.testing.assert_close(together, torch.cat([expected, fast(images)]), **CLOSE)
 

@@ -206,9 +206,7 @@ def _biases(packed: Packed) -> Sequence[Tensor | None]:
 
 def _without_diagonal(bias: Tensor) -> Tensor:
     """(b, 1, 1, n) for each key, to (b, 1, n, n) that is 0 where query and key are the same token."""
-    square = bias.repeat(1, 1, bias.shape[-1], 1)
-    square.diagonal(dim1=-2, dim2=-1).zero_()
-    return square
+    return bias - torch.diag_embed(bias[..., 0, :])  # nothing in place, which the export to ONNX does not know
 
 
 def _chosen(packed: Packed) -> Sequence[Tensor | None]:

@@ -29,7 +29,7 @@ from vwt.patches import PatchSpec
 from vwt.pruning import KINDS, Absorb, Merge, Reduction, patches_entering
 from vwt.timing import Calls, interleave
 
-VERSION = 1
+VERSION = 2  # 1 knew other reductions
 POINTS = 16  # token counts that are measured
 RUNS = 15  # of each part
 FORWARDS = 40  # forwards with schedules, from which what reductions cost is fitted

@@ -3,7 +3,7 @@
 Pruning is that of "Pruning One More Token is Enough" (Eliopoulos et al., WACV 2025, arXiv 2407.05941), section 3.2,
 except that an image's scores depend on that image alone, and that any number of prefix tokens is left in peace. Merging
 is the bipartite soft matching of "Token Merging" (Bolya et al., ICLR 2023, arXiv 2210.09461), section 3, done once with
-a large count rather than a little in every block. Fusing is merging with what was measured to be better.
+a large count rather than a little in every block. Absorbing is our own; see `Absorb`.
 
 Shapes: B images, n tokens of which the first P are prefix tokens and m = n - P are patches (or words), H heads, C
 channels. All functions are dense; `vwt.backbones` calls them on a batch of equal lengths, or image by image.

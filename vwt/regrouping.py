@@ -155,7 +155,7 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> "Abs
         removed: R patches that merge into others, at most m - 1.
         prefix: P tokens that come before the patches, and take no part.
     """
-    unit = F.layer_norm(patches.float(), patches.shape[-1:])
+    unit = F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-12)
     likeness = unit @ unit.transpose(-2, -1)  # (B, m, m), the correlation times C
     stronger = received[:, None] > received[..., None]
     distance = patches.shape[-1] - (likeness * stronger).amax(dim=-1)

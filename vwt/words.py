@@ -159,7 +159,7 @@ class KeptPatches(Words):
         if self.dropped is None:
             return ones.expand(self.kept.numel())
         every = ones.expand(len(self.kept), self.grid[0] * self.grid[1])
-        return every.scatter_add(1, self.standing, every).gather(1, self.kept).flatten()
+        return every.scatter_add(1, self.standing, ones.expand(self.standing.shape)).gather(1, self.kept).flatten()
 
 
 def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
