@@ -77,7 +77,7 @@ from vwt.patches import PatchSpec
 from vwt.plots import check_picture
 
 DROPS = (0.15, 0.225, 0.33, 0.4)  # shares of the patches that go before the blocks: 29, 44, 64 and 78 of 196
-TOGETHER = [(0.15, 0.3), (0.15, 0.4), (0.225, 0.2), (0.225, 0.3), (0.225, 0.4), (0.33, 0.4), (0.4, 0.5)]  # and inside
+TOGETHER = [(0.15, 0.4), (0.15, 0.5), (0.225, 0.4), (0.33, 0.4), (0.4, 0.5)]  # and inside them
 ROW_OF_FULL = "full"
 RANDOM, PAPER, TOME, POMT, TOPK = "random drop", "VWT paper", "ToMe", "POMT, the paper's way", "top-k"
 NEIGHBOURS, BOTH, INSIDE, FILES = "Neighbours", "Neighbours + merge", "schedule", "from files"

@@ -158,7 +158,8 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> "Abs
     unit = F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-12)
     likeness = unit @ unit.transpose(-2, -1)  # (B, m, m), the correlation times C
     stronger = received[:, None] > received[..., None]
-    distance = patches.shape[-1] - (likeness * stronger).amax(dim=-1)
+    width = patches.shape[-1]
+    distance = (width - (likeness * stronger).amax(dim=-1)).clamp(min=1e-3 * width)  # of copies the stronger goes first
     order = (received.square() * distance).sort(dim=1, descending=True).indices  # that of received · √distance
     kept, dropped = order.tensor_split([order.shape[1] - removed], dim=1)
     return AbsorbPlan(kept, dropped, _among(likeness, dropped, kept).argmax(dim=-1), prefix)

@@ -138,6 +138,15 @@ class Search:
                 bar.update()
         return min(outcomes, key=lambda outcome: outcome.kl)
 
+    def refit(self, candidate: Candidate, limit: float) -> Outcome | None:
+        """The candidate with one of its reductions made such that the limit is just kept, if that can be."""
+        fits = []
+        for block, _ in candidate.reductions:
+            others = Candidate(candidate.option, tuple(pair for pair in candidate.reductions if pair[0] != block))
+            fits.append(self._fit(others, block, limit))
+        kept = [fitted for fitted in fits if fitted is not None]
+        return self.outcome(min(kept, key=self.kl)) if kept else None
+
     def outcome(self, candidate: Candidate) -> Outcome:
         """Measured on all images, once."""
         names = [f"{what} of {candidate!r}" for what in ("kl", "agreement")]

@@ -151,10 +151,14 @@ def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench") ->
     agrees = [point.ratio for point in points if point.agreement >= goal.get("agreement", 1.0)]
     good, bad = min(agrees), max((p.ratio for p in points if p.ratio < min(agrees)), default=search.least() / full)
     aim = target or (good + bad) / 2
-    for tries, finalists in ((TRIES, FINALISTS), (FEW, 4)):
+    found: Outcome | None = None
+    for tries, finalists in ((TRIES, FINALISTS), (FEW, 4), (FEW, 4)):
         if not search.least() <= aim * full < full:
             break
-        outcomes.append(search.best(aim * full, tries, finalists))
+        # What was found before, put right too: predictions err by as much for all that are like it.
+        also = search.refit(found.candidate, aim * full) if found else None
+        found = search.best(aim * full, tries, finalists)
+        outcomes += dict.fromkeys(outcome for outcome in (also, found) if outcome is not None)
         points = bench.measure(outcomes)
         reached = points[-1]
         if target:  # what is measured differs a little from what was predicted
