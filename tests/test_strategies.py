@@ -509,7 +509,7 @@ def test_packed_neighbours_equal_each_image_alone(small_vit, name):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_a_model_on_neighbours_equals_a_plain_one(small_vit, name):
-    """Tokens with a little of those they stand for, of which others see s as s ** 0.5, and which see themselves once."""
+    """Tokens with a little of those they stand for, of which others see s as s ** 0.5, and which see themselves."""
     images, fast = make_images(), VWTokenizer(small_vit, Neighbours(**NEIGHBOURS[name]))
     words, expected = fast.tokenize(images), []
     for image in range(4):
