@@ -51,6 +51,22 @@ def test_stages_of_a_schedule(small_vit, image):
     assert torch.equal(merged.words.group, words.group)
 
 
+@pytest.mark.parametrize("options", [{"drop": 0.2}, {"threshold": 0.7}], ids=repr)
+def test_what_is_stood_for_is_gone(small_vit, image, options):
+    (first,) = stages(VWTokenizer(small_vit, Neighbours(**options)), image)
+    kept = [number for number, share in enumerate(first.words.weight[0].tolist()) if share > 0.5]
+    assert (~first.gone).nonzero()[:, 0].tolist() == kept
+    assert len(kept) == int(first.words.counts[0]) < 100
+
+
+def test_of_a_word_that_is_the_mean_of_its_patches_none_is_gone(small_vit, image):
+    image[:, 16:48] = image[:, :32]
+    strategy = InterImage(make_codebook(small_vit, image, "pixel"), 0.01)
+    (first,) = stages(VWTokenizer(small_vit, strategy), image)
+    assert not first.gone.any()
+    assert int(first.words.counts[0]) < 100
+
+
 def test_stage_without_a_strategy(small_vit, image):
     (first, merged) = stages(VWTokenizer(small_vit, schedule=PruningSchedule({2: Merge(7)})), image)
     assert not first.gone.any()

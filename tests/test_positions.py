@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import create_rope_embed
 
-from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ModelError
 from vwt.packing import Packed
 from vwt.patches import PatchSpec, patchify
@@ -173,6 +173,47 @@ def test_kept_patches_keep_their_bias():
         hidden = torch.zeros(1, 1, 1, len(seen)).masked_fill(~seen, -torch.inf)
         for block in model.blocks:
             tokens = block(tokens, shared_rel_pos_bias=hidden)
+        torch.testing.assert_close(run, model.norm(tokens)[0, seen], atol=1e-5, rtol=1e-5)
+
+
+def slow_tokens(model, image):
+    """What enters the blocks of one image (1, n, D), and arguments of each block."""
+    tokens = model.patch_embed(image[None])
+    if hasattr(model, "rope"):
+        tokens, rotary = model._pos_embed(tokens)
+        return model.norm_pre(tokens), {"rope": rotary}, "attn_mask"
+    tokens = torch.cat([model.cls_token, tokens], dim=1)
+    return tokens if model.pos_embed is None else tokens + model.pos_embed, {}, "shared_rel_pos_bias"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "beit_base_patch16_224"])
+@pytest.mark.parametrize("options", [{"drop": 0.3}, {"threshold": 0.1}, {"drop": 0.0}], ids=repr)
+def test_what_stands_for_others_is_where_it_was(name, options):
+    """As the model computes it on the full grid, where all that is not kept is hidden, and others see s as s ** 0.5."""
+    model, images = make_model(name), make_images()
+    for image, rows in ((0, 64), (1, 32)):
+        images[image, :, :rows, 16:32] = images[image, :, :rows, :16]
+    prefix, fast = model.num_prefix_tokens, VWTokenizer(model, Neighbours(**options))
+    words = fast.tokenize(images)
+    packed, _ = fast.forward_features(images, unmerge=False)
+    assert (min(words.lengths) < 16) == (options != {"drop": 0.0})
+    if "threshold" in options:
+        assert len(set(words.lengths)) > 1
+    for number, (image, run) in enumerate(zip(images, packed.split(), strict=True)):
+        tokens, others, mask = slow_tokens(model, image)
+        group, share = words.group[number].tolist(), words.weight[number].tolist()
+        before, seen, sizes = tokens.clone(), list(range(prefix)), [1.0] * tokens.shape[1]
+        for patch in (patch for patch in range(16) if share[patch] > 0.5):
+            members = [other for other in range(16) if group[other] == group[patch]]
+            tokens[0, prefix + patch] = sum(share[other] * before[0, prefix + other] for other in members)
+            seen.append(prefix + patch)
+            sizes[prefix + patch] = float(len(members))
+        assert len(seen) == len(run)
+        bias = 0.5 * torch.tensor(sizes).log().repeat(len(sizes), 1).fill_diagonal_(0)
+        bias[:, [n for n in range(len(sizes)) if n not in seen]] = -torch.inf
+        for block in model.blocks:
+            tokens = block(tokens, **others, **{mask: bias[None, None]})
         torch.testing.assert_close(run, model.norm(tokens)[0, seen], atol=1e-5, rtol=1e-5)
 
 

@@ -178,6 +178,7 @@ def test_a_deep_copy_works_alike_by_itself(make):
 # -- Neighbours --------------------------------------------------------------------------------------------------------
 
 GRIDS = [(1, 1), (1, 7), (5, 1), (2, 2), (3, 3), (4, 6), (7, 5)]
+TIMES = Neighbours.times  # that what stands for others counts in the mean with them
 
 
 def around(patch, grid):
@@ -187,15 +188,27 @@ def around(patch, grid):
     return [r * grid[1] + c for r, c in places if 0 <= r < grid[0] and 0 <= c < grid[1]]
 
 
+def corners(grid):
+    """They always stay."""
+    last, columns = grid[0] * grid[1] - 1, grid[1]
+    return {0, columns - 1, last - (columns - 1), last}
+
+
+def most_that_go(grid, always=()):
+    """Of either colour."""
+    may = [sum(divmod(n, grid[1])) % 2 for n in range(grid[0] * grid[1]) if n not in {*always, *corners(grid)}]
+    return min(may.count(0), may.count(1))
+
+
 def slow_likeness(features, grid, always):
     """For each patch of one image that may go, by colour: its likest neighbour, and how alike."""
-    colours = ({}, {})
+    colours, stays = ({}, {}), {*always, *corners(grid)}
     for patch in range(len(features)):
         likeness = [
             (float(F.cosine_similarity(features[patch].double(), features[other].double(), dim=0)), other)
             for other in around(patch, grid)
         ]
-        if likeness and patch not in always:
+        if patch not in stays:
             colours[sum(divmod(patch, grid[1])) % 2][patch] = max(likeness)
     return colours
 
@@ -203,10 +216,9 @@ def slow_likeness(features, grid, always):
 def slow_drop(features, grid, count, always=()):
     """What stands for each dropped patch, for the colour, or both where they are equal, that is more alike."""
     choices = []
-    for number, colour in enumerate(slow_likeness(features, grid, always)):
+    for colour in slow_likeness(features, grid, always):
         gone = sorted(colour, key=lambda patch: -colour[patch][0])[:count]
-        places = sum(sum(divmod(patch, grid[1])) % 2 == number for patch in range(len(features)))
-        alike = sum(likeness for likeness, _ in colour.values()) / max(places, 1)
+        alike = sum(likeness for likeness, _ in colour.values()) / max(len(colour), 1)
         choices.append((alike, {patch: colour[patch][1] for patch in gone}))
     best = max(total for total, _ in choices)
     return [partners for total, partners in choices if total > best - 1e-5]
@@ -221,12 +233,36 @@ def slow_threshold(features, grid, threshold, always=()):
     return max(colours, key=len)
 
 
+def kept_of(words, image):
+    """The patches that make most of their tokens."""
+    return [patch for patch, weight in enumerate(words.weight[image].tolist()) if weight > 0.5]
+
+
 def partners_of(words, image):
     """What stands for each patch that is not kept."""
-    kept = [patch for patch, weight in enumerate(words.weight[image].tolist()) if weight]
+    kept = kept_of(words, image)
     group = words.group[image].tolist()
     assert [group[patch] for patch in kept] == list(range(len(kept)))  # tokens in row-major order
     return {patch: kept[token] for patch, token in enumerate(group) if patch not in kept}
+
+
+def slow_weights(partners, patches):
+    """The share of each patch of one image in its token, in whose mean what is kept counts several times."""
+    stands_for = [partners.get(patch, patch) for patch in range(patches)]
+    counts = [TIMES if patch == kept else 1.0 for patch, kept in enumerate(stands_for)]
+    whole = [sum(counts[other] for other in range(patches) if stands_for[other] == kept) for kept in stands_for]
+    return [count / all_counts for count, all_counts in zip(counts, whole, strict=True)]
+
+
+def slow_merge(features, words, image):
+    """The tokens (n, D) float64 of one image: each what stands for others, and a little of these."""
+    partners = partners_of(words, image)
+    share = slow_weights(partners, len(features))
+    tokens = []
+    for kept in (patch for patch in range(len(features)) if patch not in partners):
+        members = [kept, *(patch for patch, partner in partners.items() if partner == kept)]
+        tokens.append(sum(share[patch] * features[patch].double() for patch in members))
+    return torch.stack(tokens)
 
 
 def check_words(words, grid):
@@ -234,8 +270,10 @@ def check_words(words, grid):
     patches = grid[0] * grid[1]
     assert words.weight.dtype == torch.float32
     assert words.grid == grid
-    assert set(words.weight.unique().tolist()) <= {0.0, 1.0}
-    assert words.lengths == tuple(words.counts.tolist()) == tuple(words.weight.sum(1).int().tolist())
+    assert words.lengths == tuple(words.counts.tolist())
+    assert list(words.lengths) == [len(kept_of(words, image)) for image in range(len(words.group))]
+    expected = [slow_weights(partners_of(words, image), patches) for image in range(len(words.group))]
+    torch.testing.assert_close(words.weight, torch.tensor(expected), atol=1e-7, rtol=1e-6)
     assert words.sizes.sum().item() == patches * len(words.group)
     assert words.sizes.tolist() == [
         group.count(token) for group, n in zip(words.group.tolist(), words.lengths, strict=True) for token in range(n)
@@ -244,6 +282,7 @@ def check_words(words, grid):
         partners = partners_of(words, image)
         assert all(partner in around(patch, grid) for patch, partner in partners.items())
         assert not set(partners) & set(partners.values())  # who stands for others is kept
+        assert not set(partners) & corners(grid)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=repr)
@@ -251,15 +290,17 @@ def check_words(words, grid):
 def test_neighbours_drop_as_a_plain_loop_does(drop, grid):
     features = torch.randn(3, grid[0] * grid[1], 6, generator=seeded(1))
     strategy, count = Neighbours(drop), int(grid[0] * grid[1] * Fraction(str(drop)))
+    if count > most_that_go(grid):
+        with pytest.raises(ArgumentError, match=rf"drops {count} of .* patches; {most_that_go(grid)} can go here"):
+            strategy(features, grid)
+        return
     words = strategy(features, grid)
     check_words(words, grid)
     assert strategy.fixed_count
     assert words.count == grid[0] * grid[1] - count
-    assert torch.equal(words.kept, torch.stack([row.nonzero()[:, 0] for row in words.weight]))
+    assert words.kept.tolist() == [kept_of(words, image) for image in range(3)]
     for image in range(3):
         assert partners_of(words, image) in slow_drop(features[image], grid, count)
-    kept = torch.cat([image[weight > 0] for image, weight in zip(features, words.weight, strict=True)])
-    assert torch.equal(merge(features, words), kept)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=repr)
@@ -273,37 +314,95 @@ def test_neighbours_within_a_threshold_as_a_plain_loop_does(threshold, grid):
     assert words.count is None
     for image in range(4):
         assert partners_of(words, image) == slow_threshold(features[image], grid, threshold)
-    kept = torch.cat([image[weight > 0] for image, weight in zip(features, words.weight, strict=True)])
-    torch.testing.assert_close(merge(features, words), kept)
+
+
+BOTH = [{"drop": 0.3}, {"threshold": 0.6}]
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("options", BOTH, ids=repr)
+def test_what_stands_for_others_takes_a_little_of_them(options, batch, dtype):
+    features = torch.randn(batch, 35, 6, generator=seeded()).to(dtype)
+    words = Neighbours(**options)(features, (7, 5))
+    merged = merge(features, words)
+    assert merged.dtype == dtype
+    expected = torch.cat([slow_merge(image, words, number) for number, image in enumerate(features)])
+    assert len(expected) < batch * 35
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(merged.double(), expected, atol=tolerance, rtol=tolerance)
+    alone = (words.sizes == 1).nonzero()[:, 0]
+    kept = torch.cat([image[kept_of(words, number)] for number, image in enumerate(features)])
+    assert len(alone)
+    assert torch.equal(merged[alone], kept[alone])  # what stands for none is as it was
+
+
+def test_a_group_in_every_size():
+    """What is like 1 to 4 neighbours, and unlike all others, stands for them, in one way and the other."""
+    grid, centre, basis = (9, 9), 4 * 9 + 4, torch.eye(81)
+    for size in range(2, 6):
+        features = basis.clone()[None]
+        members = [centre, *around(centre, grid)[: size - 1]]
+        features[0, members] = basis[centre] + 0.01 * basis[members]
+        words = [strategy(features, grid) for strategy in (Neighbours((size - 0.9) / 81), Neighbours(threshold=0.1))]
+        if size > 2:  # of two, either may stand for the other
+            assert all(words_.weight[0, centre] > 0.5 for words_ in words)
+        for words_ in words:
+            shares = sorted(words_.weight[0, members].tolist())
+            torch.testing.assert_close(shares, [1 / (TIMES + size - 1)] * (size - 1) + [TIMES / (TIMES + size - 1)])
+            token = words_.group[0, centre]
+            assert (words_.group[0] == token).nonzero()[:, 0].tolist() == sorted(members)
+            assert words_.sizes[token] == size
+            assert sorted(words_.sizes.tolist())[:-1] == [1.0] * (81 - size)
+        assert torch.equal(words[0].group, words[1].group)
+        torch.testing.assert_close(words[0].weight, words[1].weight)
+
+
+@pytest.mark.parametrize("options", [{"drop": 0.0}, {"threshold": 0.0}], ids=repr)
+def test_where_none_goes_all_stay_as_they_are(options):
+    features = torch.randn(3, 24, 6, generator=seeded())
+    words = Neighbours(**options)(features, (4, 6))
+    assert words.group.tolist() == [list(range(24))] * 3
+    assert words.weight.tolist() == [[1.0] * 24] * 3
+    assert torch.equal(merge(features, words), features.flatten(0, 1))
+
+
+def test_of_either_colour_only_what_may_go_is_compared():
+    """On a grid with odd sides all corners are of one colour, which is no less alike for that."""
+    features = torch.ones(1, 9, 2)
+    features[0, 7, 0] = 2.0
+    words = Neighbours(0.12)(features, (3, 3))
+    assert partners_of(words, 0).keys() == {4}  # the middle is like three others; of the four around it, one is less so
 
 
 def test_a_threshold_drops_all_of_one_colour_at_most():
-    features = torch.ones(1, 35, 6)
-    assert Neighbours(threshold=0.0)(features, (7, 5)).lengths == (17,)
-    assert Neighbours(threshold=2.0)(torch.randn(1, 35, 6, generator=seeded()), (7, 5)).lengths == (17,)
+    features = torch.ones(1, 35, 6)  # of the 18 of the first colour, 4 are corners
+    assert Neighbours(threshold=0.0)(features, (7, 5)).lengths == (18,)
+    assert Neighbours(threshold=2.0)(torch.randn(1, 35, 6, generator=seeded()), (7, 5)).lengths == (18,)
 
 
 def test_every_patch_takes_the_value_of_what_stands_for_it():
     features = torch.randn(2, 24, 6, generator=seeded())
-    for strategy in (Neighbours(0.3), Neighbours(threshold=0.6)):
-        words = strategy(features, (4, 6))
-        values = unmerge(merge(features, words), words)
-        for image in range(2):
-            expected = list(range(24))
-            for patch, partner in partners_of(words, image).items():
-                expected[patch] = partner
-            assert torch.equal(values[image], features[image, expected])
-            assert expected != list(range(24))
+    for options in BOTH:
+        words = Neighbours(**options)(features, (4, 6))
+        merged = merge(features, words)
+        values = unmerge(merged, words)
+        for image, tokens in enumerate(merged.split(words.lengths)):
+            kept, partners = kept_of(words, image), partners_of(words, image)
+            assert partners
+            for patch in range(24):
+                assert torch.equal(values[image, patch], tokens[kept.index(partners.get(patch, patch))])
 
 
 @pytest.mark.parametrize("always", [(3,), (7, 3, 3), tuple(range(0, 24, 5))], ids=repr)
 def test_some_patches_stay_always(always):
     features = torch.randn(4, 24, 6, generator=seeded(3))
     free = Neighbours(0.25)(features, (4, 6))
-    always = (*always, *(free.weight[0] == 0).nonzero()[:1, 0].tolist())  # one that would go
+    always = (*always, next(iter(partners_of(free, 0))))  # one that would go
     words = Neighbours(0.25, always=always)(features, (4, 6))
     check_words(words, (4, 6))
-    assert (words.weight[:, list(always)] == 1).all()
+    assert all(set(always) <= set(kept_of(words, image)) for image in range(4))
     for image in range(4):
         assert partners_of(words, image) in slow_drop(features[image], (4, 6), 6, always)
     words = Neighbours(threshold=0.7, always=always)(features, (4, 6))
@@ -343,10 +442,13 @@ def test_no_neighbours_of_no_images():
         assert words.group.shape == (0, 24)
 
 
-@pytest.mark.parametrize("always", [range(9), (0, 2, 4)], ids=repr)
-def test_more_than_one_colour_has(always):
-    strategy = Neighbours(0.45, always=always)
-    with pytest.raises(ArgumentError, match=rf"drops 4 of 9 patches; {4 - len(always)} can go here; drop fewer"):
+@pytest.mark.parametrize(
+    ("drop", "always", "most"), [(0.45, range(9), 0), (0.45, (0, 2, 4), 0), (0.45, (), 1), (0.2, (1, 3, 5, 7), 0)]
+)
+def test_more_than_one_colour_has(drop, always, most):
+    """But for its corners, a grid of 3 x 3 has one patch of the first colour, and four of the other."""
+    strategy = Neighbours(drop, always=always)
+    with pytest.raises(ArgumentError, match=rf"drops {int(9 * drop)} of 9 patches; {most} can go here; drop fewer"):
         strategy(torch.randn(1, 9, 6, generator=seeded()), (3, 3))
 
 
@@ -407,14 +509,14 @@ def test_packed_neighbours_equal_each_image_alone(small_vit, name):
 @torch.inference_mode()
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_a_model_on_neighbours_equals_a_plain_one(small_vit, name):
-    """Kept tokens, of which others see s as s ** 0.5, and which see themselves once."""
+    """Tokens with a little of those they stand for, of which others see s as s ** 0.5, and which see themselves."""
     images, fast = make_images(), VWTokenizer(small_vit, Neighbours(**NEIGHBOURS[name]))
     words, expected = fast.tokenize(images), []
     for image in range(4):
         tokens = small_vit._pos_embed(small_vit.patch_embed(images[image : image + 1]))
-        kept = words.weight[image].nonzero()[:, 0]
-        sizes = [1.0, *(float((words.group[image] == token).sum()) for token in range(len(kept)))]
-        x = small_vit.norm_pre(torch.cat([tokens[:, :1], tokens[:, 1:][:, kept]], dim=1))
+        kept = slow_merge(tokens[0, 1:], words, image).to(tokens)[None]
+        sizes = [1.0, *(float((words.group[image] == token).sum()) for token in range(kept.shape[1]))]
+        x = small_vit.norm_pre(torch.cat([tokens[:, :1], kept], dim=1))
         bias = torch.tensor(
             [[0.0 if i == j else 0.5 * math.log(s) for j, s in enumerate(sizes)] for i in range(len(sizes))]
         )

@@ -16,7 +16,7 @@ from vwt.support import find_support, list_families
         ("vit_tiny_patch16_224", "VisionTransformer: 12 blocks, 1 prefix tokens, 196 patches of 224x224 pixels"),
         ("vit_giant_patch14_dinov2.lvd142m", "VisionTransformer: 40 blocks, 1 prefix tokens, 1369 patches"),
         ("vit_small_patch16_dinov3", "Eva: 12 blocks, 5 prefix tokens, 256 patches of 256x256 pixels"),
-        ("beit_base_patch16_224", "Beit: .* only strategies that keep patches as they are, and no schedule"),
+        ("beit_base_patch16_224", "Beit: .* only strategies that keep patches in their places, and no schedule"),
         ("naflexvit_base_patch16_siglip", "NaFlexVit: 12 blocks, 0 prefix tokens, 576 patches of 384x384 pixels"),
     ],
 )

@@ -120,30 +120,59 @@ def stood_for(draw):
     return kept, rows
 
 
-def stand_for(kept, rows):
+def stand_for(kept, rows, times=5.0):
     """KeptPatches of which those in rows stand for each patch."""
     gone = [[n for n in range(PATCHES) if n not in image] for image in kept]
     standing = [[row[n] for n in image] for row, image in zip(rows, gone, strict=True)]
     shape = (len(kept), len(gone[0]))
     tensors = (torch.tensor(values, dtype=torch.int64).view(shape) for values in (gone, standing))
-    return KeptPatches(torch.tensor(kept), (ROWS, COLUMNS), *tensors)
+    return KeptPatches(torch.tensor(kept), (ROWS, COLUMNS), *tensors, times)
 
 
-@given(stood_for())
-def test_dropped_patches_may_be_stood_for(case):
+def slow_weights(kept, rows, times):
+    """In the mean of each token the kept patch counts so many times, and each other once."""
+    weights = []
+    for image, row in zip(kept, rows, strict=True):
+        counts = [times if n in image else 1 for n in range(PATCHES)]
+        totals = [sum(counts[other] for other in range(PATCHES) if row[other] == row[n]) for n in range(PATCHES)]
+        weights.append([count / total for count, total in zip(counts, totals, strict=True)])
+    return torch.tensor(weights)
+
+
+@given(stood_for(), st.sampled_from([1.0, 2.5, 5.0, 8.0]))
+def test_dropped_patches_may_be_stood_for(case, times):
     kept, rows = case
-    words = stand_for(kept, rows)
+    words = stand_for(kept, rows, times)
     tokens = tokens_of(words)
     assert words.group.tolist() == [[image.index(n) for n in row] for image, row in zip(kept, rows, strict=True)]
-    assert words.weight.tolist() == [[float(n in image) for n in range(PATCHES)] for image in kept]
+    assert words.weight.dtype == torch.float32
+    torch.testing.assert_close(words.weight, slow_weights(kept, rows, times))
     assert words.lengths == tuple(words.counts.tolist()) == (len(kept[0]),) * len(kept)
     assert words.sizes.tolist() == [row.count(n) for image, row in zip(kept, rows, strict=True) for n in image]
     merged = merge(tokens, words)
-    assert torch.equal(merged, torch.cat([image[n] for image, n in zip(tokens, kept, strict=True)]))
+    torch.testing.assert_close(merged, slow_merge(tokens, words))
     assert torch.equal(fill(words).group, words.group)
     assert fill(words).sizes.tolist() == words.sizes.tolist()
-    expected = torch.stack([image[row] for image, row in zip(tokens, rows, strict=True)])
-    assert torch.equal(unmerge(merged, words), expected)
+    images = zip(merged.split(words.lengths), words.group, strict=True)
+    assert torch.equal(unmerge(merged, words), torch.stack([image[group] for image, group in images]))
+
+
+@given(stood_for(), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_what_is_stood_for_is_summed_in_no_less_than_float32(case, dtype):
+    words = stand_for(*case)
+    tokens = tokens_of(words, dtype=dtype)
+    merged, exact = merge(tokens, words), slow_merge(tokens.double(), words)
+    assert merged.dtype == dtype
+    epsilon = torch.finfo(torch.promote_types(dtype, torch.float32)).eps if dtype.itemsize < 4 else 0
+    rounding = torch.finfo(dtype).eps / 2 + 8 * epsilon
+    torch.testing.assert_close(merged.double(), exact, rtol=rounding, atol=4e-6)
+    assert torch.equal(merge(torch.ones_like(tokens), words), torch.ones_like(merged)) or dtype.itemsize >= 4
+
+
+def test_the_gradient_flows_to_what_is_stood_for():
+    words = stand_for([[0, 5, 7]] * 2, [[0, 0, 5, 5, 0, 5, 7, 7, 7, 7, 7, 0], [0, 5, 5, 5, 5, 5, 7, 7, 7, 7, 7, 7]])
+    tokens = tokens_of(words, 2, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: unmerge(merge(t, words), words), tokens)
 
 
 @given(kept_batches)

@@ -112,7 +112,9 @@ class Backbone:
         main = words.weight > 0.5
         whole = bool(main.sum() == words.counts.sum())
         if not whole and not self.family.moves_places:
-            raise self._needs_places("this strategy makes one token of several patches; keep members (IntraImage)")
+            raise self._needs_places(
+                "this strategy makes one token of several patches; keep patches (IntraImage, Neighbours)"
+            )
         every = Places(words.grid, self.prefix, (), embedded.rotary, whole=whole)
         return every, place_words(replace(words, weight=main.float()) if whole else words)
 

@@ -344,7 +344,7 @@ class BeitFamily(Family):
     """timm's Beit: a bias for the relative position of each two patches, added to the attention logits."""
 
     MODEL = Beit
-    ABOUT = "BEiT, BEiTv2; only strategies that keep patches as they are, and no schedule"
+    ABOUT = "BEiT, BEiTv2; only strategies that keep patches in their places, and no schedule"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

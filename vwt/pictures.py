@@ -51,7 +51,7 @@ def stages(fast: VWTokenizer, image: Tensor) -> list[Stage]:
     """What enters the blocks of one image (C, H, W) uint8, and what each reduction of the schedule leaves."""
     weight, spec, prefix = next(fast.model.parameters()), PatchSpec.of(fast.model), fast.backbone.prefix
     packed, words = fast.pack(normalise(image[None].to(weight.device), spec.mean, spec.std).to(weight.dtype))
-    gone = (words.weight[0] == 0) | (words.group[0] < 0)
+    gone = _stood_for(words)
     found = [Stage(f"enter the blocks: {prefix + int(words.counts[0])} tokens", words, gone)]
     _, steps = fast.backbone.run(fast.backbone.enter(packed), fast.schedule)
     for (block, reduction), step in zip(fast.schedule.items(), steps, strict=True):
@@ -61,6 +61,13 @@ def stages(fast: VWTokenizer, image: Tensor) -> list[Stage]:
         done = "pruned" if reduction.kind == "prune" else "merged"
         found.append(Stage(f"{done} in block {block}: {prefix + step.counts[0]} tokens", words, gone))
     return found
+
+
+def _stood_for(words: Words) -> Tensor:
+    """Of one image, the patches (N,) that are dropped, or of which another has a larger share in their token."""
+    group, share = words.group[0], words.weight[0]
+    largest = share.new_zeros(int(words.counts[0])).scatter_reduce(0, group.clamp(min=0), share, "amax")
+    return (group < 0) | (share < largest[group.clamp(min=0)])
 
 
 def save_stages(

@@ -25,9 +25,9 @@ class Places:
         lengths: tokens of each image, prefix tokens included; they sum to T.
         table: the model's own rotary embedding (N, 2d) of the places of the grid, sines and cosines, or one for each
             block and head (depth, H, N, 2d); None for a model that adds a bias for relative positions instead.
-        at: (T, 2) float32, the mean row and column of the patches that each token stands for, -1 for prefix tokens;
-            None where every patch of each image is a token, in order.
-        whole: every token is one patch, so that its place is one of the grid.
+        at: (T, 2) float32, row and column of the patch that each token mostly is, else the mean of those that it stands
+            for, -1 for prefix tokens; None where every patch of each image is a token, in order.
+        whole: every token is one patch, or mostly one, so that its place is one of the grid.
     """
 
     grid: tuple[int, int]

@@ -246,8 +246,8 @@ def _make_board(grid: tuple[int, int], always: Sequence[int], device: torch.devi
         colour.append((row + column) % 2)
     table, second = torch.tensor(neighbours, device=device), torch.tensor(colour, device=device)
     everything = torch.arange(rows * columns, device=device)
-    places = (len(colour) - sum(colour), sum(colour))
-    share = torch.where(second == 1, 1 / max(places[1], 1), -1 / max(places[0], 1))
+    may_go = [sum(own == which and not stay for own, stay in zip(colour, stays, strict=True)) for which in (0, 1)]
+    share = torch.where(second == 1, 1 / max(may_go[1], 1), -1 / max(may_go[0], 1))
     return _Board(
         everything,
         table,
@@ -255,5 +255,5 @@ def _make_board(grid: tuple[int, int], always: Sequence[int], device: torch.devi
         torch.tensor(outside, device=device),
         share.masked_fill(torch.tensor(stays, device=device), 0.0),
         torch.stack([second * -_FAR, (1 - second) * -_FAR]),
-        min(sum(own == which and not stay for own, stay in zip(colour, stays, strict=True)) for which in (0, 1)),
+        min(may_go),
     )

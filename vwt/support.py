@@ -59,7 +59,7 @@ def find_support(name: str) -> Support:
         f"of {height}x{width} pixels"
     )
     if not backbone.family.moves_places:
-        facts += "; only strategies that keep patches as they are, and no schedule"
+        facts += "; only strategies that keep patches in their places, and no schedule"
     return Support(name, None, facts)
 
 
