@@ -116,7 +116,7 @@ class PruningSchedule(Mapping[int, Reduction]):
     ) -> "PruningSchedule":
         """The schedule within a budget of latency that changes the model's answers least.
 
-        Searched over blocks, operations and counts by predicted latency; what is compared is KL(full ‖ reduced) on
+        Searched over blocks and counts of `Absorb` by predicted latency; what is compared is KL(full ‖ reduced) on
         unlabelled images. What was found is then measured beside the model, and searched again with the budget put
         right, as the machine may not be as fast as when it was profiled.
 
