@@ -21,9 +21,9 @@ from vwt import IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.backbones import Backbone
 from vwt.errors import ArgumentError, ModelError
 from vwt.packing import Packed
-from vwt.pruning import Absorb, attend_explicitly, importance, patches_entering, reduce_between
+from vwt.pruning import Absorb, attend_explicitly, follow, importance, patches_entering, reduce_between
 from vwt.regrouping import absorb, match, prune
-from vwt.words import unmerge
+from vwt.words import keep_all, unmerge
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 KINDS = {"prune": Prune, "merge": Merge, "absorb": Absorb}
@@ -1177,3 +1177,29 @@ def test_absorbing_in_half_precision(cast, dtype):
     assert logits.isfinite().all()
     torch.testing.assert_close(logits.float(), alone.float(), atol=0.1, rtol=0.1)
     assert (logits.float() - expected).norm() < (expected - full).norm()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "schedule", [{1: Absorb(5)}, {0: Merge(3), 1: Absorb(4), 2: Absorb(2)}, {0: Absorb(4), 2: Prune(3)}]
+)
+def test_shares_are_those_of_the_means(schedule):
+    images, (rows, columns) = 2, (7, 2)
+    _, steps = Backbone(make_model()).encode_packed(make_packed((14, 14), 1, False), PruningSchedule(schedule))
+    words = follow(keep_all(images, (rows, columns), torch.device("cpu")), steps)
+    made, sizes = torch.eye(15).expand(images, -1, -1), None
+    for step in steps:
+        made, sizes = step.plans[0].apply(made, sizes)
+    for image, patch in itertools.product(range(images), range(14)):
+        share = made[image, 1 + words.group[image, patch], 1 + patch]
+        torch.testing.assert_close(words.weight[image, patch], share)
+
+
+@torch.inference_mode()
+def test_absorbing_compares_the_same_under_autocast():
+    tokens, received = random(3, 40, 16, seed=1), random(3, 40, seed=2).exp()
+    expected = absorb(received, tokens, 20, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = absorb(received, tokens, 20, 1)
+    assert torch.equal(plan.kept, expected.kept)
+    assert torch.equal(plan.target, expected.target)

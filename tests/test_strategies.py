@@ -435,6 +435,14 @@ def test_neighbours_compare_in_float32(dtype):
     assert torch.equal(Neighbours(0.3)(features, (7, 5)).group, expected.group)
 
 
+def test_neighbours_are_the_same_under_autocast():
+    features = torch.randn(4, 35, 16, generator=seeded(7))
+    for strategy in (Neighbours(0.3), Neighbours(threshold=0.7)):
+        expected = strategy(features, (7, 5))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(strategy(features, (7, 5)).group, expected.group)
+
+
 def test_no_neighbours_of_no_images():
     for strategy in (Neighbours(0.3), Neighbours(threshold=0.6)):
         words = strategy(torch.zeros(0, 24, 6), (4, 6))

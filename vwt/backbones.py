@@ -20,7 +20,7 @@ from vwt.packing import Beside, Packed, pack, run_blocks, unpack
 from vwt.patches import from_transformers
 from vwt.positions import Places, grid_places, place_words
 from vwt.pruning import Half, Reduction, Step, follow, reduce_between
-from vwt.words import Words, fill, keep_all, merge
+from vwt.words import Words, fill, keep_all, merge, sum_words
 
 NOTHING: Mapping[int, Reduction] = MappingProxyType({})
 
@@ -108,15 +108,17 @@ class Backbone:
         if words.kept is not None:
             every = Places(words.grid, self.prefix, (), embedded.rotary)
             return every, grid_places(words.grid, words.kept.device)[words.kept.flatten()]
-        # A token is where the patch is that makes most of it, if all tokens have one, else at their mean.
-        main = words.weight > 0.5
-        whole = bool(main.sum() == words.counts.sum())
+        # A token is where the patch is that makes most of it, if there is one, else at the mean of its patches.
+        main = (words.weight > 0.5).float()
+        has_main = sum_words(main[..., None], words)[:, 0] > 0
+        whole = bool(has_main.all())
         if not whole and not self.family.moves_places:
             raise self._needs_places(
                 "this strategy makes one token of several patches; keep patches (IntraImage, Neighbours)"
             )
         every = Places(words.grid, self.prefix, (), embedded.rotary, whole=whole)
-        return every, place_words(replace(words, weight=main.float()) if whole else words)
+        weight = torch.where(has_main[words.rows.clamp(min=0)], main, words.weight)
+        return every, place_words(replace(words, weight=weight))
 
     def _needs_places(self, why: str) -> ModelError:
         return ModelError(

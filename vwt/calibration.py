@@ -154,7 +154,7 @@ class Calibration:
     def with_strategy(self, strategy: Strategy) -> "Calibration":
         """The same images, reduced before the blocks."""
         other = copy.copy(self)
-        other._enter(VWTokenizer(self.fast.model, strategy))
+        other._enter(VWTokenizer(self.fast.model, strategy, check=False))  # as it was by the first
         other.keep = 0
         return other
 

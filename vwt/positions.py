@@ -100,7 +100,7 @@ def place_words(words: Words) -> Tensor:
 
 
 def regroup_places(at: Tensor, sizes: Tensor | None, new: Tensor, count: int) -> Tensor:
-    """Places (b, m, 2) of tokens that stand for so many patches (b, m), to the means of those that become one.
+    """Places (b, m, 2) of tokens that count so often (b, m) in their means, to the means of those that become one.
 
     Args:
         at: (b, m, 2), without prefix tokens.

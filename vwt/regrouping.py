@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vwt.words import flat_index
+from vwt.words import flat_index, precisely
 
 
 class Plan(Protocol):
@@ -32,6 +32,10 @@ class Plan(Protocol):
 
     def places(self) -> Tensor:
         """(B, m) int64: the new place of each patch token, prefix tokens not counted."""
+        ...
+
+    def times(self) -> Tensor | None:
+        """(B, m) float32: how often each patch token counts in its mean, beside its size; None where once each."""
         ...
 
 
@@ -79,6 +83,9 @@ class PrunePlan:
         batch, kept = self.kept.shape
         places = self.kept.new_full((batch, kept + self.dropped.shape[1]), kept)
         return places.scatter(1, self.kept, torch.arange(kept, device=places.device).expand(batch, -1))
+
+    def times(self) -> None:
+        """See `Plan`."""
 
 
 def match(metric: Tensor, removed: int, prefix: int) -> "MergePlan":
@@ -145,6 +152,9 @@ class MergePlan:
         places[:, ::2] = torch.arange(stay, stay + places[:, ::2].shape[1], device=odd.device)
         return places
 
+    def times(self) -> None:
+        """See `Plan`."""
+
 
 def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> "AbsorbPlan":
     """Keep patches that receive attention and that no stronger one is like; the others go where they are most alike.
@@ -155,8 +165,9 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> "Abs
         removed: R patches that merge into others, at most m - 1.
         prefix: P tokens that come before the patches, and take no part.
     """
-    unit = F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-12)
-    likeness = unit @ unit.transpose(-2, -1)  # (B, m, m), the correlation times C
+    with precisely(patches.device):
+        unit = F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-12)
+        likeness = unit @ unit.transpose(-2, -1)  # (B, m, m), the correlation times C
     stronger = received[:, None] > received[..., None]
     width = patches.shape[-1]
     distance = (width - (likeness * stronger).amax(dim=-1)).clamp(min=1e-3 * width)  # of copies the stronger goes first
@@ -208,6 +219,11 @@ class AbsorbPlan:
         places = self.kept.new_empty(len(self.kept), self.kept.shape[1] + self.dropped.shape[1])
         everything = torch.arange(self.kept.shape[1], device=places.device).expand(self.kept.shape)
         return places.scatter(1, self.kept, everything).scatter(1, self.dropped, self.target)
+
+    def times(self) -> Tensor:
+        """See `Plan`; what is kept twice."""
+        times = torch.ones(self.places().shape, device=self.kept.device)
+        return times.scatter(1, self.kept, 2.0)
 
 
 def _with_sizes(tokens: Tensor, sizes: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from vwt.codebook import Codebook
 from vwt.errors import ArgumentError
 from vwt.matching import WordIndex, check_threshold
 from vwt.patches import PatchSpec, Space
-from vwt.words import KeptPatches, Words, group_words, keep_patches, weigh
+from vwt.words import KeptPatches, Words, group_words, keep_patches, precisely, weigh
 
 
 @runtime_checkable
@@ -160,8 +160,9 @@ class Neighbours(nn.Module):
             ArgumentError: if so many cannot be dropped of one colour, or the grid has no such patch as stays always.
         """
         board = self._board(grid, features.device)
-        unit = F.normalize(features.float(), dim=-1)
-        likeness = (unit @ unit.transpose(-2, -1)).flatten(1).index_select(1, board.pairs)
+        with precisely(features.device):
+            unit = F.normalize(features.float(), dim=-1)
+            likeness = (unit @ unit.transpose(-2, -1)).flatten(1).index_select(1, board.pairs)
         best, side = (likeness.unflatten(1, (-1, 4)) + board.outside).max(dim=-1)
         drop = self._dropped if self.threshold is None else self._dropped_within
         return drop(best, side, board, grid)

@@ -34,12 +34,12 @@ class VWTokenizer(nn.Module):
 
     Args:
         model: of one of the families in `vwt.families.FAMILIES` (timm) or `vwt.hf.TOWERS` (transformers).
-        strategy: which patches make which token (`InterImage`, `IntraImage`); None reduces nothing, and returns what
-            the model returns, bit for bit.
+        strategy: which patches make which token (`Neighbours`, `InterImage`, `IntraImage`); None reduces nothing, and
+            returns what the model returns, bit for bit.
         schedule: which blocks make still fewer of them; None or an empty one leaves them alone. An image with too few
             tokens for it, as a strategy that gives each its own number may leave, loses as many as it can.
-        check: compare the parts of the model with the model itself on one random image, which takes about as long as
-            two forwards; not on the `meta` device.
+        check: compare the parts of the model with the model itself on one random image, which takes little more than
+            one forward; not on the `meta` device.
 
     Raises:
         ModelError: if the model is not supported, or does not compute what its parts do.
@@ -267,7 +267,7 @@ class VWTokenizer(nn.Module):
         if not self.strategy.fixed_count and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
             raise ArgumentError(
                 f"{type(self.strategy).__name__} gives every image its own number of tokens, which cannot be exported; "
-                "export with a strategy that gives all as many (IntraImage), or with None"
+                "export with a strategy that gives all as many (IntraImage, Neighbours(drop)), or with None"
             )
         return embedded, self.strategy(features, embedded.grid)
 

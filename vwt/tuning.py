@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vwt.calibration import ENOUGH, Calibration, check_enough, load_images, measure_latency
+from vwt.codebook import Codebook
 from vwt.documents import write_json
 from vwt.errors import ArgumentError, DocumentError
 from vwt.plan import Plan, Point, describe, make_strategy
@@ -77,7 +78,7 @@ def tune(
     check_enough(images)
     if len(images) < batch_size:
         raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
-    notes_ = _Notes(notes, model, images, batch_size, seed)
+    notes_ = _Notes(notes, model, images, batch_size, seed, codebooks)
     profile = notes_.profile or LatencyProfile.measure(model, batch_size, seed=seed, progress=progress)
     notes_.keep_profile(profile)
     calibration = Calibration(model, images, keep=SCREEN, progress=progress)
@@ -148,9 +149,7 @@ def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench") ->
     outcomes = [search.best(r * full, FEW, finalists=2) for r in RATIOS if search.least() <= r * full]
     points = bench.measure(outcomes)
     target = goal.get("ratio", goal.get("milliseconds", 0.0) / points[0].milliseconds)
-    agrees = [point.ratio for point in points if point.agreement >= goal.get("agreement", 1.0)]
-    good, bad = min(agrees), max((p.ratio for p in points if p.ratio < min(agrees)), default=search.least() / full)
-    aim = target or (good + bad) / 2
+    aim = target or _between(points, goal["agreement"], search.least() / full)
     found: Outcome | None = None
     for tries, finalists in ((TRIES, FINALISTS), (FEW, 4), (FEW, 4)):
         if not search.least() <= aim * full < full:
@@ -164,9 +163,15 @@ def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench") ->
         if target:  # what is measured differs a little from what was predicted
             aim *= target / reached.ratio
         else:
-            good, bad = (reached.ratio, bad) if reached.agreement >= goal["agreement"] else (good, reached.ratio)
-            aim = (good + bad) / 2
+            predicted = search.predict(found.candidate) / full
+            aim = _between(points, goal["agreement"], search.least() / full) * predicted / reached.ratio
     return points
+
+
+def _between(points: Sequence[Point], agreement: float, least: float) -> float:
+    """The ratio half way from the fastest that agrees enough to the next faster one, or the least possible."""
+    good = min(point.ratio for point in points if point.agreement >= agreement)
+    return (good + max((point.ratio for point in points if point.ratio < good), default=least)) / 2
 
 
 class _Bench:
@@ -189,7 +194,9 @@ class _Bench:
         strategies = [self.made.get(outcome.candidate.option) for outcome in outcomes]
         schedules = [PruningSchedule(outcome.candidate.blocks) for outcome in outcomes]
         pairs = zip(strategies, schedules, strict=True)
-        reduced = [VWTokenizer(self.model, make_strategy(strategy), schedule) for strategy, schedule in pairs]
+        reduced = [
+            VWTokenizer(self.model, make_strategy(strategy), schedule, check=False) for strategy, schedule in pairs
+        ]
         timed = measure_latency(
             self.model, reduced, self.images, self.batch_size, seed=self.seed, progress=self.progress
         )
@@ -231,13 +238,21 @@ class _Notes(dict[str, float]):
     """What was measured, in a file that an interrupted call leaves behind and the next goes on with."""
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, model: nn.Module, images: Tensor, batch_size: int, seed: int
+        self,
+        path: str | os.PathLike[str] | None,
+        model: nn.Module,
+        images: Tensor,
+        batch_size: int,
+        seed: int,
+        codebooks: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         super().__init__()
         self.path = None if path is None else Path(path)
         digest = hashlib.sha256(images.detach().float().cpu().numpy().tobytes())
         for weight in model.parameters():  # of which a checksum would take long; their sums tell checkpoints apart
             digest.update(f"{tuple(weight.shape)} {float(weight.detach().double().sum())!r}".encode())
+        for codebook in codebooks:  # which may have been built again at the same place
+            digest.update(Codebook.load(codebook).words.numpy().tobytes())
         digest.update(json.dumps([LatencyProfile.identify(model), batch_size, seed, len(images)], default=str).encode())
         self.profile: LatencyProfile | None = None
         self.head: dict[str, Any] = {"of": digest.hexdigest(), "profile": None}

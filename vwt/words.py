@@ -4,6 +4,7 @@ Patches, not prefix tokens: class and register tokens never come here.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -69,7 +70,7 @@ class Words:
         """Patches in each token (T,) float32, in the order of `merge`."""
         inside = (self.group >= 0).float()
         if self.count is None:
-            return _sum_rows(inside[..., None], self)[:, 0]
+            return sum_words(inside[..., None], self)[:, 0]
         sums = inside.new_zeros(len(inside), self.count)
         return sums.scatter_add(1, self.group.clamp(min=0), inside).flatten()
 
@@ -181,7 +182,7 @@ def merge(tokens: Tensor, words: Words) -> Tensor:
     if isinstance(words, KeptPatches):
         return _merge_kept(tokens, words)
     weighted = tokens * words.weight[..., None]  # float32, or wider
-    return _sum_rows(weighted, words).to(tokens.dtype)
+    return sum_words(weighted, words).to(tokens.dtype)
 
 
 def weigh(group: Tensor, kept: Tensor, sizes: Tensor, times: float) -> Tensor:
@@ -213,13 +214,21 @@ def flat_index(index: Tensor, count: int) -> Tensor:
     return (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
-def regroup(words: Words, places: Tensor, counts: tuple[int, ...]) -> Words:
+def precisely(device: torch.device) -> AbstractContextManager[None]:
+    """Without autocast, which would compare patches in half precision."""
+    kind = device.type
+    # Only then, as a context costs time and hinders export.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def regroup(words: Words, places: Tensor, counts: tuple[int, ...], times: Tensor | None = None) -> Words:
     """Words whose tokens were made into fewer ones, each a mean weighted by the patches that the former stood for.
 
     Args:
         words: of which image after image has T tokens.
         places: (T,) int64, the new number of each token in its image.
         counts: new tokens of each image.
+        times: (T,) float32, how often each counts in its mean, beside its size; None where once each.
     """
     count = counts[0] if words.count is not None and counts else None
     new = Words(
@@ -229,7 +238,10 @@ def regroup(words: Words, places: Tensor, counts: tuple[int, ...]) -> Words:
         words.grid,
         count,
     )
-    share = words.sizes[words.rows.clamp(min=0)] / new.sizes[new.rows.clamp(min=0)]
+    amount = words.sizes if times is None else words.sizes * times
+    offsets = (new.counts.cumsum(0) - new.counts).repeat_interleave(words.counts)
+    total = amount.new_zeros(sum(counts)).index_add(0, places + offsets, amount)
+    share = amount[words.rows.clamp(min=0)] / total[new.rows.clamp(min=0)]
     return replace(new, weight=words.weight * share)
 
 
@@ -247,6 +259,8 @@ def fill(words: Words) -> Words:
 
     Nearest on the grid, Euclidean; ties go to the lower patch index.
     """
+    if isinstance(words, KeptPatches) and words.dropped is not None:
+        return words
     dropped = words.group < 0
     if words.count == dropped.shape[1] or (words.count is None and not _any(dropped)):
         return words
@@ -267,7 +281,7 @@ def _any(flags: Tensor) -> bool:
     return bool(flags.any())
 
 
-def _sum_rows(values: Tensor, words: Words) -> Tensor:
+def sum_words(values: Tensor, words: Words) -> Tensor:
     """Sum of the values (B, N, C) of the patches of each token: (T, C)."""
     total = sum(words.lengths)
     index = torch.where(words.group >= 0, words.rows, total)  # one row more, for what is dropped
