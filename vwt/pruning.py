@@ -9,7 +9,6 @@ Shapes: B images, n tokens of which the first P are prefix tokens and m = n - P 
 channels. All functions are dense; `vwt.backbones` calls them on a batch of equal lengths, or image by image.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -254,8 +253,9 @@ def _move(plans: list[Plan], packed: Packed, places: Places, lengths: tuple[int,
     sizes = [None] * len(runs) if packed.sizes is None else packed.runs(packed.sizes)
     moved = []
     for index, (plan, at, size) in enumerate(zip(plans, runs, sizes, strict=True)):
-        amounts = [own for own in (None if size is None else size[:, prefix:], plan.times()) if own is not None]
-        amount = math.prod(amounts[1:], start=amounts[0]) if amounts else None
+        amount, times = None if size is None else size[:, prefix:], plan.times()
+        if times is not None:
+            amount = times if amount is None else amount * times
         means = regroup_places(at[:, prefix:], amount, plan.places(), lengths[index] - prefix)
         moved.append(F.pad(means, (0, 0, prefix, 0), value=PREFIX))
     return places.replace(_flat(moved), lengths, whole=False)
@@ -269,8 +269,9 @@ def _flat(runs: Sequence[Tensor]) -> Tensor:
 def follow(words: Words, steps: Sequence[Step]) -> Words:
     """Words to those after all reductions inside the blocks."""
     for step in steps:
-        times = [own for plan in step.plans if (own := plan.times()) is not None]
         places = _flat([plan.places() for plan in step.plans])
+        every = [plan.times() for plan in step.plans]
+        times = [own for own in every if own is not None]
         words = regroup(words, places, step.counts, _flat(times) if times else None)
     return words
 

@@ -267,7 +267,7 @@ class VWTokenizer(nn.Module):
         if not self.strategy.fixed_count and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
             raise ArgumentError(
                 f"{type(self.strategy).__name__} gives every image its own number of tokens, which cannot be exported; "
-                "export with a strategy that gives all as many (IntraImage, Neighbours(drop)), or with None"
+                "export with a strategy that gives all as many (IntraImage), or with None"
             )
         return embedded, self.strategy(features, embedded.grid)
 
