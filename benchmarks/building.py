@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
-from vwt.backbones import create_model
 from vwt.building import BuildConfig, run_build
 from vwt.cli import Parser
 from vwt.clustering import kmeans
@@ -38,6 +37,7 @@ from vwt.environment import hardware
 from vwt.errors import VWTError
 from vwt.features import FeatureStream
 from vwt.matching import nearest_words
+from vwt.models import create_model
 from vwt.patches import PatchSpec, Space
 
 RUNS = 3

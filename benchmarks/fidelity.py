@@ -60,7 +60,7 @@ from harness import (
     schedule_name,
     weights_checksum,
 )
-from latency import SCHEDULES, make_peers, on_batches, possible, strategies
+from latency import SCHEDULES, make_peers, possible, strategies
 from peers import RandomDrop, TokenMerging, in_the_papers_way
 from torch import Tensor
 from tqdm import tqdm
@@ -75,6 +75,7 @@ from vwt.environment import hardware
 from vwt.errors import ArgumentError, DataError, VWTError
 from vwt.patches import PatchSpec
 from vwt.plots import check_picture
+from vwt.timing import on_batches
 
 DROPS = (0.15, 0.225, 0.33, 0.4)  # shares of the patches that go before the blocks: 29, 44, 64 and 78 of 196
 TOGETHER = [(0.15, 0.4), (0.15, 0.5), (0.225, 0.4), (0.33, 0.4), (0.4, 0.5)]  # and inside them

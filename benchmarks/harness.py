@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vwt.backbones import create_model
 from vwt.building import BuildConfig, run_build
 from vwt.codebook import Codebook
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError, ModelError, first_line
+from vwt.models import create_model
 from vwt.patches import SPACES, PatchSpec, Space, normalise
 from vwt.pruning import patches_entering
 from vwt.schedule import PruningSchedule

@@ -21,7 +21,7 @@ exponent is the slope in logarithms, 1 is linear.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ from vwt.errors import ArgumentError, VWTError
 from vwt.patches import Space
 from vwt.plots import check_picture, subplots
 from vwt.pruning import patches_entering
-from vwt.timing import Calls, Seconds
+from vwt.timing import Calls, Seconds, on_batches
 
 DROPS = (0.25, 0.33, 0.5)
 SCHEDULES = [
@@ -272,11 +272,6 @@ def schedule_variant(bench: Bench, schedule: PruningSchedule, batches: list[Tens
         calls["paper"] = on_batches(bench.compiled(paper), batches)
     entering = patches_entering(schedule, fast.backbone.depth, fast.backbone.patches)[:-1]
     return Variant(schedule_name(schedule), fast.backbone.prefix + sum(entering) / len(entering), calls)
-
-
-def on_batches(module: Callable[..., Any], batches: list[Tensor]) -> Callable[[int], Any]:
-    """Call a module with the batch of a number."""
-    return lambda item: module(batches[item])
 
 
 def mean_count(counts: Tensor) -> int:

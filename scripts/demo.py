@@ -12,9 +12,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 import vwt
-from vwt.backbones import create_model
 from vwt.datasets import ImageSource
 from vwt.errors import ModelError, VWTError
+from vwt.models import create_model
 from vwt.patches import PatchSpec, normalise
 from vwt.plots import save_groups
 

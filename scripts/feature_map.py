@@ -12,10 +12,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import vwt
-from vwt.backbones import Backbone, create_model
+from vwt.backbones import Backbone
 from vwt.cli import Parser
 from vwt.datasets import read_image
 from vwt.errors import ArgumentError, VWTError
+from vwt.models import create_model
 from vwt.patches import PatchSpec, normalise
 
 SIZE = 336  # pixels of each of the three pictures

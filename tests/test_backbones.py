@@ -9,8 +9,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vwt import Codebook, InterImage, IntraImage, VWTokenizer
-from vwt.backbones import Backbone, create_model
+from vwt.backbones import Backbone
 from vwt.errors import ImageError, ModelError
+from vwt.models import create_model
 from vwt.packing import Packed
 from vwt.patches import patchify
 from vwt.words import group_words

@@ -23,8 +23,8 @@ from fidelity_tables import Scores, bootstrap, equal_kl, interval, pareto, ratio
 from peers import RandomDrop
 
 import vwt
-from vwt.backbones import create_model
 from vwt.datasets import ImageSource
+from vwt.models import create_model
 from vwt.patches import PatchSpec, normalise
 
 SYNSETS = answers.SYNSETS.read_text().split()

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from vwt.checking import check_parts
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.families import FAMILIES, Embedded, Family
-from vwt.models import create_model as create_model
 from vwt.packing import Beside, Packed, pack, run_blocks, unpack
 from vwt.patches import from_transformers
 from vwt.positions import Places, grid_places, place_words

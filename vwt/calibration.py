@@ -2,9 +2,8 @@
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from vwt.packing import Packed, run_blocks
 from vwt.patches import PatchSpec, normalise
 from vwt.pruning import Reduction
 from vwt.strategies import Strategy
-from vwt.timing import Calls, interleave
+from vwt.timing import Calls, interleave, on_batches
 from vwt.tokenizer import VWTokenizer
 from vwt.words import Words, keep_all
 
@@ -275,12 +274,8 @@ def measure_latency(
     if len(images) < batch_size:
         raise ArgumentError(f"{len(images)} images do not fill a batch of {batch_size}; give more")
     batches = [batch for batch in images[: TIMED * batch_size].split(batch_size) if len(batch) == batch_size]
-    calls: list[Calls] = [{"run": _on_batches(module, batches)} for module in (model, *reduced)]
+    calls: list[Calls] = [{"run": on_batches(module, batches)} for module in (model, *reduced)]
     with torch.inference_mode():
         seconds = interleave(calls, len(batches), TIMED_RUNS, device=images.device, seed=seed, progress=progress)
     runs = [np.median(timed["run"], axis=1) for timed in seconds]
     return [(1e3 * float(np.median(run)), float(np.median(run / runs[0]))) for run in runs]
-
-
-def _on_batches(module: nn.Module, batches: Sequence[Tensor]) -> Callable[[int], Any]:
-    return lambda item: module(batches[item])

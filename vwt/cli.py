@@ -10,13 +10,13 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from vwt.backbones import create_model
 from vwt.building import BACKENDS, BuildConfig, BuildReport, run_build
 from vwt.calibration import ENOUGH, Calibration, load_images
 from vwt.codebook import Codebook
 from vwt.datasets import ImageSource, check_source, read_image
 from vwt.energy import environment_report
 from vwt.errors import ArgumentError, VWTError, first_line
+from vwt.models import create_model
 from vwt.patches import SPACES
 from vwt.pictures import save_stages
 from vwt.plan import Plan

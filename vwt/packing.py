@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vwt.positions import PREFIX, Places, gather_bias
+from vwt.words import flat_index
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -71,7 +72,7 @@ class Packed:
     def take(self, index: Tensor) -> "Packed":
         """Some tokens (b, k) int64 of each image, where all images have as many; prefix tokens must be among them."""
         count = len(self.values) // max(len(self.lengths), 1)
-        flat = (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()
+        flat = flat_index(index, count)
         lengths = (index.shape[1],) * len(index)
         sizes, counted = (None if value is None else value[flat] for value in (self.sizes, self.counted))
         places = self.places and self.places.replace(self.places.rows[flat], lengths, whole=self.places.whole)

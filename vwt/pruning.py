@@ -94,13 +94,7 @@ class Prune(Reduction):
 
     def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
         """Explicit attention, of which the scores (B, m) are made; it is not computed twice."""
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-            output, weights = attend_explicitly(query, key, value, *rest, **options)
-            seen.append(importance(query, key, value, prefix, weights))
-            return output
-
-        return attend
+        return _explicitly(seen, lambda query, key, value, weights: importance(query, key, value, prefix, weights))
 
     def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> "PrunePlan":
         """Importance (B, m) to what is kept and what is dropped."""
@@ -158,13 +152,7 @@ class Absorb(Reduction):
 
     def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
         """Explicit attention; the attention that patches receive (B, m) is kept."""
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
-            output, weights = attend_explicitly(query, key, value, *rest, **options)
-            seen.append(_received(weights, prefix))
-            return output
-
-        return attend
+        return _explicitly(seen, lambda query, key, value, weights: _received(weights, prefix))
 
     def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> "AbsorbPlan":
         """Attention received (B, m) and tokens to what is kept, and into what the others merge."""
@@ -303,6 +291,17 @@ def importance(query: Tensor, key: Tensor, value: Tensor, prefix: int, weights: 
 def _received(weights: Tensor, prefix: int) -> Tensor:
     """The attention (B, H, n, n) that each patch receives from all patches, of the strongest head: (B, m) float32."""
     return weights.amax(dim=1)[:, prefix:, prefix:].sum(dim=1, dtype=torch.float32)
+
+
+def _explicitly(seen: list[Tensor], score: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    """Explicit attention that appends to `seen` what is made of query, key, value and weights."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+        output, weights = attend_explicitly(query, key, value, *rest, **options)
+        seen.append(score(query, key, value, weights))
+        return output
+
+    return attend
 
 
 def attend_explicitly(

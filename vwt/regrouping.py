@@ -222,7 +222,8 @@ class AbsorbPlan:
 
     def times(self) -> Tensor:
         """See `Plan`; what is kept twice."""
-        times = torch.ones(self.places().shape, device=self.kept.device)
+        batch, kept = self.kept.shape
+        times = torch.ones(batch, kept + self.dropped.shape[1], device=self.kept.device)
         return times.scatter(1, self.kept, 2.0)
 
 

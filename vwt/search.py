@@ -38,6 +38,10 @@ class Candidate(NamedTuple):
         """The reductions as a mapping."""
         return dict(self.reductions)
 
+    def without(self, block: int) -> "Candidate":
+        """The others of its reductions."""
+        return Candidate(self.option, tuple(pair for pair in self.reductions if pair[0] != block))
+
 
 class Outcome(NamedTuple):
     """A candidate, and what it changes on all images.
@@ -140,10 +144,7 @@ class Search:
 
     def refit(self, candidate: Candidate, limit: float) -> Outcome | None:
         """The candidate with one of its reductions made such that the limit is just kept, if that can be."""
-        fits = []
-        for block, _ in candidate.reductions:
-            others = Candidate(candidate.option, tuple(pair for pair in candidate.reductions if pair[0] != block))
-            fits.append(self._fit(others, block, limit))
+        fits = [self._fit(candidate.without(block), block, limit) for block, _ in candidate.reductions]
         kept = [fitted for fitted in fits if fitted is not None]
         return self.outcome(min(kept, key=self.kl)) if kept else None
 
@@ -295,14 +296,14 @@ class Search:
         """Each reduction a block up or down, larger or smaller, gone; one more; another strategy."""
         fits: Iterable[Candidate | None]
         for block, what in best.reductions:
-            others = Candidate(best.option, tuple(pair for pair in best.reductions if pair[0] != block))
+            others = best.without(block)
             near = [other for other in self.blocks if abs(other - block) <= 1 and other not in others.blocks]
             fits = [self._fit(others, other, limit) for other in near]
             for share in (0.08, 0.2):
                 more = [self._with(others, other, share) for other in self.gentle if other not in best.blocks]
                 fits += [self._fit(added, block, limit) for added in more if added]
             for free, _ in others.reductions:
-                rest = Candidate(best.option, tuple(pair for pair in others.reductions if pair[0] != free))
+                rest = others.without(free)
                 fits.append(self._fit(rest, free, limit))
                 for factor in (0.7, 0.85, 1.15, 1.4):
                     share = factor * what.removed(self._entering(best)[block]) / self._entering(best)[block]

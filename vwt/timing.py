@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 WARMUP = 5  # items that every call sees before anything is timed
@@ -15,6 +16,11 @@ WARMUP = 5  # items that every call sees before anything is timed
 Calls: TypeAlias = dict[str, Callable[[int], Any]]
 # Seconds (items, runs), by role.
 Seconds: TypeAlias = dict[str, np.ndarray]
+
+
+def on_batches(module: Callable[..., Any], batches: Sequence[Tensor]) -> Callable[[int], Any]:
+    """Call a module with the batch of a number."""
+    return lambda item: module(batches[item])
 
 
 def interleave(

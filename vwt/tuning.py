@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vwt.profile import LatencyProfile
 from vwt.schedule import PruningSchedule
 from vwt.search import FINALISTS, SCREEN, TRIES, Option, Outcome, Search
 from vwt.strategies import Strategy
-from vwt.timing import Calls, interleave
+from vwt.timing import Calls, interleave, on_batches
 from vwt.tokenizer import VWTokenizer
 
 DROPS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)  # of Neighbours
@@ -120,7 +120,7 @@ def _costs(
     """Milliseconds a batch that strategies take themselves: what a forward takes beyond its prediction."""
     fasts = {name: calibration.fast for name, calibration in bound.items()}
     full_model = next(iter(fasts.values())).model
-    calls: list[Calls] = [{"run": _calling(module, [images])} for module in (full_model, *fasts.values())]
+    calls: list[Calls] = [{"run": on_batches(module, [images])} for module in (full_model, *fasts.values())]
     with torch.inference_mode():
         seconds = interleave(calls, 1, COST_RUNS, device=images.device, warmup=1, seed=seed, progress=progress)
         patches = [round(float(fast.tokenize(images).counts.float().mean())) for fast in fasts.values()]
@@ -137,10 +137,6 @@ def _costs(
 def _kind(fast: VWTokenizer) -> str:
     """Strategies that do the same work: a class, and a codebook if there is one."""
     return f"{type(fast.strategy).__name__} {id(getattr(fast.strategy, 'codebook', None))}"
-
-
-def _calling(module: nn.Module, batches: Sequence[Tensor]) -> Callable[[int], Any]:
-    return lambda item: module(batches[item])
 
 
 def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench") -> list[Point]:
