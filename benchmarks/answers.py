@@ -66,13 +66,13 @@ class ImageCache:
         """
         if not self.fresh:
             return
-        beside = self.path.with_name(f".{self.path.name}.fresh")
+        inputs = self.path.with_name(f".{self.path.name}.fresh")
         tensors = {"images": torch.tensor(list(self.known)), "values": torch.stack(list(self.known.values()))}
         try:
-            save_file(tensors, beside, {"checksum": _checksum(tensors)})
-            os.replace(beside, self.path)
+            save_file(tensors, inputs, {"checksum": _checksum(tensors)})
+            os.replace(inputs, self.path)
         except Exception as error:  # safetensors has errors of its own for the disk's
-            beside.unlink(missing_ok=True)
+            inputs.unlink(missing_ok=True)
             raise ArgumentError(f"cannot write {self.path}: {first_line(error)}; choose another --cache") from error
         self.fresh, self.saved = False, time.monotonic()
 

@@ -29,16 +29,17 @@ import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
-from vwt.building import BuildConfig, run_build
 from vwt.cli import Parser
-from vwt.clustering import kmeans
+from vwt.codebook.building import BuildConfig, run_build
+from vwt.codebook.clustering import kmeans
+from vwt.codebook.features import FeatureStream
+from vwt.codebook.matching import nearest_words
 from vwt.datasets import ImageSource
-from vwt.environment import hardware
 from vwt.errors import VWTError
-from vwt.features import FeatureStream
-from vwt.matching import nearest_words
-from vwt.models import create_model
-from vwt.patches import PatchSpec, Space
+from vwt.measure.environment import hardware
+from vwt.models.create import create_model
+from vwt.models.spec import PatchSpec
+from vwt.tokens.patches import Space
 
 RUNS = 3
 

@@ -56,13 +56,13 @@ from tqdm import tqdm
 
 import vwt
 from vwt.cli import Parser
-from vwt.energy import Energy, EnergyMeter
-from vwt.environment import hardware
+from vwt.energy.meter import Energy, EnergyMeter
+from vwt.energy.sensors import POWERCAP, Missing, Sensor, estimator, find_sensors
 from vwt.errors import ArgumentError, VWTError, first_line
-from vwt.patches import Space
-from vwt.plots import check_picture
-from vwt.sensors import POWERCAP, Missing, Sensor, estimator, find_sensors
-from vwt.timing import WARMUP, time_call
+from vwt.measure.environment import hardware
+from vwt.measure.timing import WARMUP, time_call
+from vwt.pictures.figures import check_picture
+from vwt.tokens.patches import Space
 
 WORDS: list[tuple[Space, int]] = [("embedding", k) for k in (100, 1000, 10000)]
 SHARE = 2 / 7  # of the patches that the default schedule removes after a quarter of the blocks: 56 of 196

@@ -11,7 +11,7 @@ import numpy as np
 from harness import Row, print_table, save_results
 from scipy import stats
 
-from vwt.energy import Energy
+from vwt.energy.meter import Energy
 from vwt.errors import ArgumentError
 
 COLUMNS = {

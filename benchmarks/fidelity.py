@@ -67,15 +67,15 @@ from tqdm import tqdm
 
 import vwt
 from vwt import Absorb, InterImage, Neighbours, Plan, PruningSchedule, VWTokenizer
-from vwt.backbones import Backbone
-from vwt.calibration import compare
 from vwt.cli import Parser
 from vwt.datasets import Batch, ImageSource
-from vwt.environment import hardware
 from vwt.errors import ArgumentError, DataError, VWTError
-from vwt.patches import PatchSpec
-from vwt.plots import check_picture
-from vwt.timing import on_batches
+from vwt.measure.environment import hardware
+from vwt.measure.timing import on_batches
+from vwt.models.backbone import Backbone
+from vwt.models.spec import PatchSpec
+from vwt.pictures.figures import check_picture
+from vwt.tuning.calibration import compare
 
 DROPS = (0.15, 0.225, 0.33, 0.4)  # shares of the patches that go before the blocks: 29, 44, 64 and 78 of 196
 TOGETHER = [(0.15, 0.4), (0.15, 0.5), (0.225, 0.4), (0.33, 0.4), (0.4, 0.5)]  # and inside them
@@ -373,7 +373,7 @@ def measure_fidelity(
 
 def score(bench: Bench, variants: Sequence[Variant], batch: Batch, answers: ImageCache) -> Tensor:
     """KL, agreement, first class and tokens of each variant on the images of one batch: (B, variants, 4) float64."""
-    inputs, backbone = bench.prepare(batch.images), Backbone(bench.model, check=False)
+    inputs, backbone = bench.prepare(batch.images), Backbone(bench.model)
     full = answers(batch.images, lambda: bench.model(inputs).float().cpu())
     figures = []
     for variant in variants:

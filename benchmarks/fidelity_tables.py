@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from harness import Row, ratio
 
-from vwt.plots import subplots
+from vwt.pictures.figures import subplots
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vwt.building import BuildConfig, run_build
-from vwt.codebook import Codebook
+from vwt.codebook.building import BuildConfig, run_build
+from vwt.codebook.codebook import Codebook
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError, ModelError, first_line
-from vwt.models import create_model
-from vwt.patches import SPACES, PatchSpec, Space, normalise
-from vwt.pruning import patches_entering
-from vwt.schedule import PruningSchedule
-from vwt.timing import Calls, Seconds, interleave
+from vwt.measure.timing import Calls, Seconds, interleave
+from vwt.models.create import create_model
+from vwt.models.spec import PatchSpec
+from vwt.reductions.reduction import patches_entering
 from vwt.tokenizer import VWTokenizer
+from vwt.tokens.patches import SPACES, Space, normalise
+from vwt.tuning.schedule import PruningSchedule
 
 PRECISIONS = {
     "float32": torch.float32,

@@ -50,14 +50,14 @@ from peers import ClassAttentionTopK, PadAndMask, TokenMerging, in_the_papers_wa
 from torch import Tensor, nn
 
 from vwt import Absorb, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
-from vwt.backbones import Backbone
 from vwt.cli import Parser
-from vwt.environment import hardware
 from vwt.errors import ArgumentError, VWTError
-from vwt.patches import Space
-from vwt.plots import check_picture, subplots
-from vwt.pruning import patches_entering
-from vwt.timing import Calls, Seconds, on_batches
+from vwt.measure.environment import hardware
+from vwt.measure.timing import Calls, Seconds, on_batches
+from vwt.models.backbone import Backbone
+from vwt.pictures.figures import check_picture, subplots
+from vwt.reductions.reduction import patches_entering
+from vwt.tokens.patches import Space
 
 DROPS = (0.25, 0.33, 0.5)
 SCHEDULES = [
@@ -151,13 +151,13 @@ class Ideal(nn.Module):
     """A model that is handed its reduced tokens.
 
     Args:
-        model: see `vwt.families.FAMILIES`.
+        model: see `vwt.models.families.FAMILIES`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
-        self.backbone = Backbone(model, check=False)
+        self.backbone = Backbone(model)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Embed images (B, C, H, W), which is time that nobody is spared, and run the blocks on tokens (B, n, C).

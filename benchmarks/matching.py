@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vwt import InterImage
-from vwt.backbones import Backbone
-from vwt.matching import nearest_words, within
-from vwt.patches import PatchSpec, Space, patchify
+from vwt.codebook.matching import nearest_words, within
+from vwt.models.backbone import Backbone
+from vwt.models.spec import PatchSpec
+from vwt.tokens.patches import Space, patchify
 
 TIMED = 32  # batches
 ROUNDING = 2e-6  # cosines that differ by less are the same in float32

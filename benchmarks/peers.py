@@ -13,13 +13,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vwt.backbones import Backbone
 from vwt.errors import ArgumentError, ModelError
-from vwt.patches import PatchSpec, Space, patchify
-from vwt.pruning import Prune
-from vwt.schedule import PruningSchedule
+from vwt.models.backbone import Backbone
+from vwt.models.spec import PatchSpec
+from vwt.reductions.prune import Prune
 from vwt.tokenizer import VWTokenizer
-from vwt.words import Words, keep_patches, merge
+from vwt.tokens.patches import Space, patchify
+from vwt.tokens.words import Words, keep_patches, merge
+from vwt.tuning.schedule import PruningSchedule
 
 
 class TokenMerging(nn.Module):
@@ -175,7 +176,7 @@ class RandomDrop(nn.Module):
 
     space: Space = "pixel"
     fixed_count = True
-    proportion = 0.0
+    size_exponent = 0.0
 
     def __init__(self, drop: float, seed: int = 0) -> None:
         super().__init__()

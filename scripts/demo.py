@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import vwt
 from vwt.datasets import ImageSource
 from vwt.errors import ModelError, VWTError
-from vwt.models import create_model
-from vwt.patches import PatchSpec, normalise
-from vwt.plots import save_groups
+from vwt.models.create import create_model
+from vwt.models.spec import PatchSpec
+from vwt.pictures.groups import save_groups
+from vwt.tokens.patches import normalise
 
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 OUT = Path("demo")

@@ -12,12 +12,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import vwt
-from vwt.backbones import Backbone
 from vwt.cli import Parser
 from vwt.datasets import read_image
 from vwt.errors import ArgumentError, VWTError
-from vwt.models import create_model
-from vwt.patches import PatchSpec, normalise
+from vwt.models.backbone import Backbone
+from vwt.models.create import create_model
+from vwt.models.spec import PatchSpec
+from vwt.tokens.patches import normalise
 
 SIZE = 336  # pixels of each of the three pictures
 

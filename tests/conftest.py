@@ -6,7 +6,7 @@ import timm
 import torch
 from hypothesis import settings
 
-from vwt.models import create_model
+from vwt.models.create import create_model
 
 torch.set_num_threads(1)  # models so small are slower on several, above all where the cores are shared
 settings.register_profile("vwt", deadline=None, derandomize=True)

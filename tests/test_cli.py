@@ -9,13 +9,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_codebook import Trap, bytes_of
-from test_datasets import write_images
 
 import vwt
-from vwt import LatencyProfile, Plan, PruningSchedule, tuning
-from vwt.building import BuildConfig, BuildReport
+from tests.codebook.test_codebook import Trap, bytes_of
+from tests.test_datasets import write_images
+from vwt import LatencyProfile, Plan, PruningSchedule
 from vwt.cli import build_summary, main, read_strategy
+from vwt.codebook.building import BuildConfig, BuildReport
+from vwt.tuning import tune as tuning
 
 PIXEL = {"--model": "test_vit", "--space": "pixel", "--words": "16", "--out": "w.zarr", "--workers": "0"}
 EMBEDDING = PIXEL | {"--space": "embedding", "--checkpoint": "weights.safetensors"}
@@ -189,7 +190,7 @@ def test_interrupt_is_one_line_with_the_way_on(capsys, monkeypatch):
 
 def test_interrupted_build_goes_on_only_with_resume(capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("vwt.building._count_batch", interrupted)
+        patch.setattr("vwt.codebook.building._count_batch", interrupted)
         assert run(capsys, command(PIXEL))[0] == 130
     assert "go on with --resume, or drop it with --overwrite" in one_line(*run(capsys, command(PIXEL)))
     assert run(capsys, command(PIXEL, "images", "--resume"))[0] == 0
@@ -436,7 +437,8 @@ def test_wrong_arguments_are_one_line(capsys, photos, request, monkeypatch, name
 def test_an_interrupt_says_how_to_go_on(capsys, photos, profile, monkeypatch, name, options, advice):
     if name == "profile":
         os.remove("profile.json")
-    monkeypatch.setattr("vwt.timing.time_call" if name == "profile" else "vwt.calibration.compare", interrupted)
+    called = "vwt.measure.timing.time_call" if name == "profile" else "vwt.tuning.calibration.compare"
+    monkeypatch.setattr(called, interrupted)
     monkeypatch.setattr(
         LatencyProfile, "measure", LatencyProfile.measure if name == "profile" else lambda *_, **__: profile
     )

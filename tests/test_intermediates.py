@@ -3,12 +3,12 @@
 import pytest
 import timm
 import torch
-from test_tokenizer import SCHEDULES, STRATEGIES, make_images, make_model
 from timm.models._features import FeatureGetterNet
 
+from tests.test_tokenizer import SCHEDULES, STRATEGIES, make_images, make_model
 from vwt import IntraImage, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError
-from vwt.words import fill, unmerge
+from vwt.tokens.words import fill, unmerge
 
 CALLS = {
     "defaults": {},
@@ -98,7 +98,7 @@ def test_a_dropped_patch_has_the_value_of_what_stands_for_it(images):
     fast = VWTokenizer(model, IntraImage(0.4), PruningSchedule({2: Prune(9)}))
     before, nearest = fast.tokenize(images), fill(fast.tokenize(images))
     first, last = fast.forward_intermediates(images, [0, 5], output_fmt="NLC", intermediates_only=True)
-    packed, words = fast.backbone.run(fast.backbone.enter(fast.pack(images)[0]), stop=1)[0], nearest
+    packed, words = fast.backbone.run(fast.backbone.pre_norm(fast.pack(images)[0]), stop=1)[0], nearest
     tokens = torch.cat([run[1:] for run in packed.split()])
     torch.testing.assert_close(first, unmerge(tokens, words))
     for image in range(4):

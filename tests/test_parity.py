@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vwt import Codebook, InterImage, IntraImage, PruningSchedule, VWTokenizer
-from vwt.patches import PatchSpec
-from vwt.words import merge
+from vwt.models.spec import PatchSpec
+from vwt.tokens.words import merge
 
 INTER = {
     "inter_pixel_t010": ("pixel", 0.10),

@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from test_codebook import bytes_of
-from test_datasets import write_images
 
+from tests.codebook.test_codebook import bytes_of
+from tests.test_datasets import write_images
 from vwt import Codebook
 from vwt.cli import main
 
@@ -23,13 +23,13 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "build_codebook.py"
 # a child survives. One process for all, since importing torch takes seconds.
 DRIVER = """
 import itertools, json, multiprocessing, os, pkgutil, runpy, signal, sys
-import PIL.Image, torch, vwt.building, vwt.features
+import PIL.Image, torch, vwt.codebook.building, vwt.codebook.features
 
 PIL.Image.init()  # what would be slow in every child
 torch.zeros(1).erfinv_()
-vwt.features._BATCH = 4
-vwt.building._SAVE_EVERY = 0.0
-vwt.building._PATCHES_PER_WORD = (2, 8)
+vwt.codebook.features._BATCH = 4
+vwt.codebook.building._SAVE_EVERY = 0.0
+vwt.codebook.building._PATCHES_PER_WORD = (2, 8)
 
 def run(script, arguments, target, calls):
     path, _, name = target.rpartition(".")
@@ -64,11 +64,11 @@ WEIGHTS = ["--checkpoint", "weights.safetensors"]
 # What is built, and at each of whose calls it is killed.
 JOBS = {
     "at any rename": (WEIGHTS, "os.replace"),
-    "while sampling": (WEIGHTS, "vwt.building.reservoir_slots"),
+    "while sampling": (WEIGHTS, "vwt.codebook.building.reservoir_slots"),
     "while making the sample's file": (WEIGHTS, "os.posix_fallocate"),
-    "while counting": (WEIGHTS, "vwt.building._count_batch"),
-    "while saving the codebook": (WEIGHTS, "vwt.codebook._checksum"),
-    "while clustering a stream": ([*WEIGHTS, "--backend", "sklearn"], "vwt.clustering:StreamingKMeans.add"),
+    "while counting": (WEIGHTS, "vwt.codebook.building._count_batch"),
+    "while saving the codebook": (WEIGHTS, "vwt.codebook.codebook._checksum"),
+    "while clustering a stream": ([*WEIGHTS, "--backend", "sklearn"], "vwt.codebook.clustering:StreamingKMeans.add"),
     "after clustering a stream": ([*WEIGHTS, "--backend", "sklearn"], "os.replace"),
     "in pixel space, without weights": (["--space", "pixel"], "os.replace"),
     "when all is done": ([*WEIGHTS, "--euclidean"], "shutil.rmtree"),
@@ -102,8 +102,8 @@ def killed(tmp_path_factory):
 def test_killed_build_resumes_to_the_very_bytes(killed, monkeypatch, capsys, job):
     folder, codes = killed
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("vwt.features._BATCH", 4)
-    monkeypatch.setattr("vwt.building._PATCHES_PER_WORD", (2, 8))
+    monkeypatch.setattr("vwt.codebook.features._BATCH", 4)
+    monkeypatch.setattr("vwt.codebook.building._PATCHES_PER_WORD", (2, 8))
     *deaths, last = codes[job]
     assert set(deaths) == {-signal.SIGKILL}
     assert last == 0

@@ -10,9 +10,10 @@ from torch import nn
 
 from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, MismatchError, ModelError
-from vwt.packing import Packed
-from vwt.patches import PatchSpec, patchify
-from vwt.words import Words, group_words, unmerge
+from vwt.models.spec import PatchSpec
+from vwt.tokens.packing import Packed
+from vwt.tokens.patches import patchify
+from vwt.tokens.words import Words, group_words, unmerge
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -153,7 +154,7 @@ def test_the_images_are_not_changed(fast, images):
 class EveryOther(nn.Module):
     """A strategy of the user's own: every other patch makes one token with the patch before it."""
 
-    space, fixed_count, proportion = "embedding", False, 0.0
+    space, fixed_count, size_exponent = "embedding", False, 0.0
 
     def bind(self, spec):
         return self

@@ -2,15 +2,19 @@
 
 from importlib.metadata import version
 
-from vwt.building import build_codebook
-from vwt.codebook import Codebook
-from vwt.plan import Plan
-from vwt.profile import LatencyProfile
-from vwt.pruning import Absorb, Merge, Prune
-from vwt.schedule import PruningSchedule
-from vwt.strategies import InterImage, IntraImage, Neighbours
+from vwt.codebook.building import build_codebook
+from vwt.codebook.codebook import Codebook
+from vwt.reductions.absorb import Absorb
+from vwt.reductions.merge import Merge
+from vwt.reductions.prune import Prune
+from vwt.strategies.inter_image import InterImage
+from vwt.strategies.intra_image import IntraImage
+from vwt.strategies.neighbours import Neighbours
 from vwt.tokenizer import VWTokenizer
-from vwt.tuning import tune
+from vwt.tuning.plan import Plan
+from vwt.tuning.profile import LatencyProfile
+from vwt.tuning.schedule import PruningSchedule
+from vwt.tuning.tune import tune
 
 __version__ = version("vwt")
 __all__ = [

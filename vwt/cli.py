@@ -10,24 +10,28 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from vwt.building import BACKENDS, BuildConfig, BuildReport, run_build
-from vwt.calibration import ENOUGH, Calibration, load_images
-from vwt.codebook import Codebook
+from vwt.codebook.building import BACKENDS, BuildConfig, BuildReport, run_build
+from vwt.codebook.codebook import Codebook
 from vwt.datasets import ImageSource, check_source, read_image
-from vwt.energy import environment_report
+from vwt.energy.meter import environment_report
+from vwt.energy.sensors import POWERCAP
 from vwt.errors import ArgumentError, VWTError, first_line
-from vwt.models import create_model
-from vwt.patches import SPACES
-from vwt.pictures import save_stages
-from vwt.plan import Plan
-from vwt.plots import check_picture, plot_profile, plot_utility
-from vwt.profile import POINTS, RUNS, LatencyProfile
-from vwt.schedule import PruningSchedule
-from vwt.sensors import POWERCAP
-from vwt.strategies import InterImage, IntraImage, Neighbours, Strategy
-from vwt.support import find_support, list_families
+from vwt.models.create import create_model
+from vwt.models.support import find_support, list_families
+from vwt.pictures.charts import plot_profile, plot_utility
+from vwt.pictures.figures import check_picture
+from vwt.pictures.stages import save_stages
+from vwt.strategies.inter_image import InterImage
+from vwt.strategies.intra_image import IntraImage
+from vwt.strategies.neighbours import Neighbours
+from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
-from vwt.tuning import tune
+from vwt.tokens.patches import SPACES
+from vwt.tuning.calibration import ENOUGH, Calibration, load_images
+from vwt.tuning.plan import Plan
+from vwt.tuning.profile import POINTS, RUNS, LatencyProfile
+from vwt.tuning.schedule import PruningSchedule
+from vwt.tuning.tune import tune
 
 
 class Parser(argparse.ArgumentParser):

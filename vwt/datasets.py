@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from vwt.errors import DataError, first_line
-from vwt.patches import from_transformers
+from vwt.models.spec import from_transformers
 
 # Prefixes by which timm's factory knows a data set that is no folder and no tar file.
 _REMOTE = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
+
+
 _NOT_IMAGES = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -181,7 +183,7 @@ def read_image(path: str | os.PathLike[str], model: nn.Module) -> Tensor:
 def _make_transform(model: nn.Module) -> tuple[Callable[[Any], Any], str, tuple[int, ...]]:
     """The transform of a model's own data config, the mode of its images, and their size (C, H, W)."""
     if from_transformers(model):
-        from vwt.hf import describe
+        from vwt.models.hf import describe
 
         config = resolve_data_config(pretrained_cfg=describe(model)[1])
     else:

@@ -9,15 +9,18 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vwt.backbones import Backbone
 from vwt.errors import ArgumentError
-from vwt.families import Embedded
-from vwt.packing import Packed
-from vwt.patches import PatchSpec, patchify
-from vwt.pruning import Step, follow, patches_entering
-from vwt.schedule import PruningSchedule
-from vwt.strategies import Strategy
-from vwt.words import Words
+from vwt.models.backbone import Backbone
+from vwt.models.checking import check_parts
+from vwt.models.families import Embedded
+from vwt.models.spec import PatchSpec
+from vwt.reductions.reducing import Step, follow
+from vwt.reductions.reduction import patches_entering
+from vwt.strategies.strategy import Strategy
+from vwt.tokens.packing import Packed
+from vwt.tokens.patches import patchify
+from vwt.tokens.words import Words
+from vwt.tuning.schedule import PruningSchedule
 
 # Methods of the model that mean the same on the wrapper. Those that compute are not among them: the model's own would
 # silently run on all tokens.
@@ -33,7 +36,7 @@ class VWTokenizer(nn.Module):
     and can be used beside it. Load weights before wrapping: that is when a codebook is checked against them.
 
     Args:
-        model: of one of the families in `vwt.families.FAMILIES` (timm) or `vwt.hf.TOWERS` (transformers).
+        model: of one of the families in `vwt.models.families.FAMILIES` (timm) or `vwt.models.hf.TOWERS` (transformers).
         strategy: which patches make which token (`Neighbours`, `InterImage`, `IntraImage`); None reduces nothing, and
             returns what the model returns, bit for bit.
         schedule: which blocks make still fewer of them; None or an empty one leaves them alone. An image with too few
@@ -65,7 +68,9 @@ class VWTokenizer(nn.Module):
             raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
         if schedule is not None and not isinstance(schedule, PruningSchedule):
             raise ArgumentError(f"schedule is {schedule!r}; expected vwt.PruningSchedule({{block: tokens to remove}})")
-        self.backbone = Backbone(model, check=check)
+        self.backbone = Backbone(model)
+        if check:
+            check_parts(self.backbone)
         self.schedule = schedule or PruningSchedule({})
         self.schedule.check(self.backbone.depth)
         self.backbone.check_reductions(self.schedule)
@@ -91,7 +96,7 @@ class VWTokenizer(nn.Module):
         Raises:
             ImageError: for images of the wrong shape, size or dtype.
         """
-        if self.backbone.family.within is not None:
+        if self.backbone.family.parent is not None:
             return self._call("forward", images, **options)
         if images is None or options:
             images = self.backbone.family.arguments(images, options)
@@ -116,7 +121,7 @@ class VWTokenizer(nn.Module):
             return self.backbone.family.forward_features(images)
         packed, words = self.pack(images)
         packed, steps = self.backbone.encode_packed(packed, self.schedule)
-        return self.backbone.full(packed, words, steps) if unmerge else (packed, follow(words, steps))
+        return self.backbone.to_grid(packed, words, steps) if unmerge else (packed, follow(words, steps))
 
     def forward_intermediates(
         self,
@@ -161,13 +166,13 @@ class VWTokenizer(nn.Module):
             )
         taken, _ = feature_take_indices(self.backbone.depth, indices)
         packed, words = self.pack(images)
-        backbone, packed, start = self.backbone, self.backbone.enter(packed), 0
+        backbone, packed, start = self.backbone, self.backbone.pre_norm(packed), 0
         steps: list[Step] = []
         maps: list[Tensor] = []
         for index in sorted(taken):
             packed, more = backbone.run(packed, self.schedule, start, index + 1)
             steps, start = [*steps, *more], index + 1
-            maps.append(backbone.full(backbone.leave(packed) if norm else packed, words, steps))
+            maps.append(backbone.to_grid(backbone.final_norm(packed) if norm else packed, words, steps))
         features: list[Any] = [tokens[:, backbone.prefix :] for tokens in maps]
         if output_fmt == "NCHW":
             features = [patches.mT.unflatten(2, words.grid).contiguous() for patches in features]
@@ -178,7 +183,7 @@ class VWTokenizer(nn.Module):
         if not stop_early:
             packed, more = backbone.run(packed, self.schedule, start)
             steps = [*steps, *more]
-        return backbone.full(backbone.leave(packed), words, steps), features
+        return backbone.to_grid(backbone.final_norm(packed), words, steps), features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """The model's own head on features of the full grid (B, P + N, C)."""
@@ -193,7 +198,7 @@ class VWTokenizer(nn.Module):
 
     def _call(self, method: str, images: Tensor | None = None, **options: Any) -> Any:
         """A method of a model of images and text, which sees fewer tokens of the images."""
-        whole = self.backbone.family.within
+        whole = self.backbone.family.parent
         assert whole is not None
         if images is not None and "pixel_values" in options:
             raise ArgumentError(f"{method} is given images twice, first and as pixel_values; give them once")
@@ -246,13 +251,13 @@ class VWTokenizer(nn.Module):
             )
 
     def _merge_and_pack(self, embedded: Embedded, words: Words) -> Packed:
-        proportion = getattr(self.strategy, "proportion", 0.0)
+        size_exponent = getattr(self.strategy, "proportion", 0.0)
         # Without schedule too: reductions are tried on what is packed here (see `vwt.calibration`).
-        sizes = words.sizes if proportion or words.kept is None else None
-        return self.backbone.pack(embedded, words, sizes, proportion)
+        sizes = words.sizes if size_exponent or words.kept is None else None
+        return self.backbone.pack(embedded, words, sizes, size_exponent)
 
     def _answer(self, packed: Packed, words: Words) -> Any:
-        return self.backbone.answer(self.backbone.enter(packed), words, self.schedule)
+        return self.backbone.classify(self.backbone.pre_norm(packed), words, self.schedule)
 
     # torch.compile would compile these again for each list of lengths. What runs uncompiled hands on a tensor, of whose
     # length compiled code can be independent.
@@ -277,7 +282,7 @@ class VWTokenizer(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            whole = self.backbone.family.within
+            whole = self.backbone.family.parent
             if whole is not None and name in whole.methods:
                 return partial(self._call, name)
             value = getattr(self.model, name)

@@ -1,0 +1,252 @@
+"""The benchmark of latency: its arithmetic, its tables on a small random model, and its errors; no time is asserted."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import harness
+import latency
+import matching
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.test_datasets import write_images
+from vwt import VWTokenizer
+
+TINY = ["--model", "test_vit", "--random-weights", "--data", "images", "--words-data", "images", "--quiet"]
+QUICK = [*TINY, "--images", "4", "--runs", "1", "--words", "20"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder with a few images."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 5)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("file")
+    return tmp_path
+
+
+def run(capsys, arguments):
+    """Exit status, stdout and stderr, and nothing raised but what argparse raises."""
+    try:
+        status = latency.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def results(name="out"):
+    return json.loads(Path(f"{name}.json").read_text())
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "no_such_model"], "no model 'no_such_model'"),
+        (["--data", "missing"], "no such folder or file: missing"),
+        (["--data", "empty"], "no image|Found 0 images"),
+        (["--images", "9"], "has 5 images that can be read, 9 were asked for"),
+        (["--images", "2", "--batch-size", "3"], "do not fill a batch"),
+        (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
+        (["--runs", "many"], "'many' is not a whole number"),
+        (["--words", "colour:100"], "'colour:100' is neither K nor SPACE:K"),
+        (["--words", "pixel:0"], "'0' is not a whole number"),
+        (["--words", "501"], "501 words"),
+        (["--threshold", "3"], "threshold is 3.0"),
+        (["--precision", "int8"], "invalid choice: 'int8'"),
+        (["--device", "nowhere"], "no device 'nowhere'"),
+        (["--img-size", "33"], "33 pixels are no multiple of the patch, 16"),
+        (["--codebook", "missing.zarr"], "missing.zarr"),
+        (["--checkpoint", "file"], "exclude each other"),
+        (["--results-file", "file/out"], "--results-file"),
+        (["--results-file", "empty"], "cannot write empty.json"),
+        (["--plot", "plot.txt"], r"expected a \.png"),
+        (["--plot", "nowhere/plot.png"], "a folder that exists"),
+        (["--plot", "plot.png", "--matching"], "leave out --matching"),
+        (["--colour", "red"], "unrecognized arguments"),
+    ],
+)
+def test_errors_are_one_line(capsys, options, message):
+    status, _, err = run(capsys, [*QUICK, *options])
+    assert status == 2
+    assert err.startswith("latency: ")
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n")
+    assert re.search(message, err), err
+
+
+def test_plot_without_matplotlib(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = run(capsys, [*QUICK, "--plot", "plot.png"])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "pip install 'vwt[plots]'" in err
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def test_spread_and_ratio():
+    seconds = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 60.0], [7.0, 8.0, 9.0]]) / 1e3
+    assert harness.spread(seconds) == pytest.approx((3, 5, 8))
+    halves = np.array([[1.0, 1.0, 1.0], [5.0, 5.0, 5.0], [4.0, 4.0, 400.0]]) / 1e3
+    assert harness.ratio(halves, seconds) == pytest.approx(0.5)  # of 1/2, 5/5 and 4/8
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_exponent(power):
+    sizes = [1, 2, 8, 32]
+    assert harness.exponent(sizes, [3.0 * size**power for size in sizes]) == pytest.approx(power, abs=1e-9)
+
+
+@pytest.mark.parametrize(("counts", "mean"), [([5], 5), ([5, 6], 6), ([5, 5, 6], 5), ([1, 9, 4], 5)])
+def test_mean_count(counts, mean):
+    assert latency.mean_count(torch.tensor(counts)) == mean
+
+
+def test_rows():
+    variants = [latency.Variant(name, tokens, {}) for name, tokens in (("full", 9), ("fast", 4), ("peer", 5))]
+    seconds = [
+        {"actual": np.full((2, 3), 0.010)},
+        {"actual": np.full((2, 3), 0.005), "ideal": np.full((2, 3), 0.004), "padded": np.full((2, 3), 0.008)},
+        {"actual": np.full((2, 3), 0.020)},
+    ]
+    full, fast, padded, peer = latency.make_rows(variants, seconds, 8)
+    assert full["ratio"] == 1
+    assert "efficiency" not in full
+    assert fast["ms"] == fast["ms_q1"] == fast["ms_q3"] == pytest.approx(5)
+    assert [fast[k] for k in ("ratio", "efficiency", "vs_padding")] == pytest.approx([0.5, 0.8, 1.6])
+    assert fast["images_per_second"] == pytest.approx(8 / 0.005)
+    assert [padded[k] for k in ("ratio", "efficiency", "vs_padding")] == pytest.approx([0.8, 0.5, 1.0])
+    assert padded["name"] == "fast, padded and masked"
+    assert peer["ratio"] == 2
+    assert "vs_padding" not in peer
+
+
+def test_growth():
+    rows = [{"name": n, "x": x, "ms": x**p} for n, p in (("a", 1), ("b", 2)) for x in (1, 4)]
+    slopes = latency.growth([*rows, {"name": "c", "x": 1, "ms": 1}], "x", ("name",), ("ms",))
+    assert [(row["name"], round(row["exponent"], 9)) for row in slopes] == [("a", 1), ("b", 2)]
+
+
+def test_free_tokens(small_vit):
+    backbone = VWTokenizer(small_vit).backbone
+    images = torch.randn(2, 3, 160, 160)
+    with torch.inference_mode():
+        _, tokens, _ = backbone.embed(images)
+        subset = latency.free_tokens(backbone, images, 30, torch.Generator().manual_seed(0))
+        every = latency.free_tokens(backbone, images, 101, torch.Generator())
+        logits, _ = latency.Ideal(small_vit)(images, every)
+        torch.testing.assert_close(logits, small_vit(images))
+    assert subset.shape == (2, 30, tokens.shape[2])
+    torch.testing.assert_close(every, tokens)
+    for image, some in zip(tokens, subset, strict=True):
+        places = [int((image == token).all(1).nonzero()[0]) for token in some]
+        assert places[0] == 0
+        assert places == sorted(set(places))
+
+
+def test_compare_answers():
+    directions = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 1e-9], [0.0, 1.0]]), dim=-1)
+    features = torch.tensor([[[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])
+    expected = matching.brute_force(features, directions, 0.1)
+    assert expected.tolist() == [[0, 2, -1]]
+    for own, checks in {(0, 2, -1): [3, 2, 0, 0], (1, 2, -1): [3, 2, 1, 0], (0, -1, 2): [3, 2, 2, 2]}.items():
+        assert matching.compare(features, directions, 0.1, torch.tensor([own]), expected).tolist() == checks
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_table_at_batch_1(capsys):
+    status, out, err = run(capsys, [*QUICK, "--results-file", "out.json", "--plot", "plot.png", "--topk", "50"])
+    assert (status, err) == (0, "")
+    assert "threads, torch" in out
+    assert "float32" in out.splitlines()[0]
+    assert "vs_padding" not in out
+    rows = {row["name"]: row for row in results()["tables"]["latency"]}
+    assert list(rows) == [
+        "full",
+        "VWTokenizer, no strategy",
+        *(f"IntraImage {drop}" for drop in (0.25, 0.33, 0.5)),
+        "InterImage embedding 20, 0.1",
+        *(f"Prune({removed}) in block 3" for removed in (28, 56, 84)),
+        *(f"Absorb({removed}) in block {block}" for block, removed in ((3, 60), (3, 80), (3, 98), (4, 98))),
+        "ToMe r 8",
+        "ToMe r 13",
+        "top-k, 50 kept in block 3",
+    ]
+    assert [row["name"] for row in rows.values() if row.get("vs_paper")] == list(rows)[6:9]
+    assert rows["Prune(28) in block 3"]["tokens"] == (4 * 101 + 2 * 73) / 6
+    assert [rows[f"IntraImage {drop}"]["tokens"] for drop in (0.25, 0.33, 0.5)] == [76, 68, 51]
+    assert rows["ToMe r 8"]["tokens"] == sum(101 - 8 * block for block in range(6)) / 6
+    assert rows["top-k, 50 kept in block 3"]["tokens"] == (4 * 101 + 2 * 51) / 6
+    assert all(row["ms_q1"] <= row["ms"] <= row["ms_q3"] for row in rows.values())
+    assert Path("plot.png").stat().st_size > 1000
+    assert "AVX" in results()["hardware"] or "threads" in results()["hardware"]
+    with open("out.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == list(rows)
+    (cached,) = Path("results").glob("embedding-20-*.zarr")
+    before = cached.stat().st_mtime_ns
+    assert run(capsys, QUICK)[0] == 0
+    assert cached.stat().st_mtime_ns == before
+
+
+def test_table_of_ragged_batches(capsys):
+    options = ["--batch-size", "2", "--words", "pixel:20", "--threshold", "0.1", "0.3", "--results-file", "out"]
+    status, out, err = run(capsys, [*QUICK, *options])
+    assert (status, err) == (0, "")
+    rows = {row["name"]: row for row in results()["tables"]["latency"]}
+    for name in ("InterImage pixel 20, 0.1", "InterImage pixel 20, 0.3"):
+        assert rows[f"{name}, padded and masked"]["tokens"] == rows[name]["tokens"]
+        assert rows[name]["vs_padding"] > 0
+    assert "vs_padding" in out
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "amp_bfloat16"])
+def test_precisions(capsys, precision):
+    status, out, err = run(capsys, [*QUICK, "--precision", precision, "--img-size", "96", "--batch-size", "2"])
+    assert (status, err) == (0, "")
+    assert precision in out.splitlines()[0]
+
+
+def test_without_peers(capsys):
+    status, out, err = run(capsys, [*QUICK, "--no-peers", "--batch-size", "2"])
+    assert (status, err) == (0, "")
+    assert "ToMe" not in out
+    assert "padded" not in out
+
+
+def test_matching(capsys):
+    options = ["--matching", "--words", "20", "pixel:30", "--threshold", "0.1", "0.2", "--results-file", "out"]
+    status, out, err = run(capsys, [*QUICK, *options])
+    assert (status, err) == (0, "")
+    rows = results()["tables"]["matching"]
+    assert [(row["space"], row["words"], row["threshold"]) for row in rows] == [
+        (space, words, threshold) for space, words in (("embedding", 20), ("pixel", 30)) for threshold in (0.1, 0.2)
+    ]
+    assert all(row["patches"] == 400 and row["beyond_rounding"] == 0 for row in rows)
+    assert "speed_up" in out
+
+
+def test_scaling(capsys):
+    options = ["--scaling", "--sizes", "64", "96", "--words", "20", "40", "--results-file", "out"]
+    status, out, err = run(capsys, [*QUICK, *options])
+    assert (status, err) == (0, "")
+    tables = results()["tables"]
+    assert list(tables) == ["images", "words", "resolution", "exponents"]
+    assert sorted({row["images"] for row in tables["images"]}) == [1, 2, 4]
+    assert sorted({row["patches"] for row in tables["resolution"]}) == [16, 36]
+    assert {(row["of"], row["x"]) for row in tables["exponents"]} == {
+        ("ms", "images"),
+        ("brute_ms", "words"),
+        ("own_ms", "words"),
+        ("ms", "patches"),
+    }
+    assert "Exponents" in out

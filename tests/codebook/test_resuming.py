@@ -1,0 +1,137 @@
+import errno
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from vwt.codebook.resuming import SavedTensors, open_sample, read_json, work_folder
+from vwt.documents import write_json
+from vwt.errors import CodebookError
+
+resource = pytest.importorskip("resource", reason="limits the size of files, which needs Unix")
+
+
+@contextmanager
+def full_disk():
+    """No file can grow beyond 100 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def begin(target, **options):
+    return work_folder(target, **({"resume": False, "overwrite": False} | options))
+
+
+def interrupt(target):
+    with pytest.raises(KeyboardInterrupt), begin(target) as folder:  # noqa: PT012
+        (folder / "state").write_text("half")
+        raise KeyboardInterrupt
+
+
+def test_folder_of_a_complete_build_is_removed(tmp_path):
+    with begin(tmp_path / "new" / "w.zarr") as folder:
+        assert folder == tmp_path / "new" / "w.zarr.building"
+    assert not folder.exists()
+
+
+def test_folder_of_a_build_in_memory_is_removed():
+    with begin(None) as folder:
+        (folder / "state").touch()
+    assert not folder.exists()
+
+
+def test_folder_of_an_interrupted_build_is_kept(tmp_path):
+    target = tmp_path / "w.zarr"
+    interrupt(target)
+    with pytest.raises(CodebookError, match=r"interrupted build; go on with --resume, or drop it with --overwrite"):
+        begin(target).__enter__()
+    with begin(target, resume=True) as folder:
+        assert (folder / "state").read_text() == "half"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_overwrite_drops_an_interrupted_build_unless_it_is_resumed(tmp_path, resume):
+    interrupt(tmp_path / "w.zarr")
+    with begin(tmp_path / "w.zarr", resume=resume, overwrite=True) as folder:
+        assert (folder / "state").exists() == resume
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CodebookError, match="could not write"):
+        begin(tmp_path / "file" / "w.zarr").__enter__()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_json(folder / "state.json", ["new"] * 100),
+        lambda folder: SavedTensors(folder / "state.safetensors").save({"new": torch.ones(100)}, {}),
+        lambda folder: open_sample(folder / "sample.f32", (10, 10)),
+    ],
+    ids=["json", "tensors", "sample"],
+)
+def test_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path, write):
+    line = pytest.raises(CodebookError, match=r"\Acould not write .*make room and go on with --resume\Z")
+    with line, begin(tmp_path / "w.zarr") as folder:
+        write_json(folder / "state.json", "old")
+        SavedTensors(folder / "state.safetensors").save({"old": torch.ones(1)}, {})
+        with full_disk():
+            write(folder)
+    with begin(tmp_path / "w.zarr", resume=True) as folder:  # room was made
+        assert read_json(folder / "state.json") == "old"
+        assert SavedTensors(folder / "state.safetensors").tensors.keys() == {"old"}
+        write(folder)
+
+
+def test_json_is_whole_or_damaged(tmp_path):
+    path = tmp_path / "state.json"
+    write_json(path, {"next": 3, "skipped": [[1, ["ä.jpg", "empty"]]]})
+    assert read_json(path) == {"next": 3, "skipped": [[1, ["ä.jpg", "empty"]]]}
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CodebookError, match=r"state.json .*damaged; begin anew with --overwrite"):
+            read_json(path)
+
+
+def test_tensors_are_whole_or_damaged(tmp_path):
+    path = tmp_path / "state.safetensors"
+    empty = SavedTensors(path)
+    assert (empty.tensors, empty.meta) == ({}, {})
+    empty.save({"counts": torch.arange(5)}, {"next": "64"})
+    saved = SavedTensors(path)
+    assert saved.meta == {"next": "64"}
+    assert torch.equal(saved.tensors["counts"], torch.arange(5))
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CodebookError, match=r"state.safetensors .*damaged"):
+            SavedTensors(path)
+
+
+def test_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    write_json(path, "old")
+
+    def refuse(*_):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="input/output"):
+        write_json(path, "new")
+    assert read_json(path) == "old"
+
+
+def test_sample_is_as_it_was_left(tmp_path):
+    path = tmp_path / "sample.f32"
+    open_sample(path, (3, 2))[1] = 7
+    assert (open_sample(path, (3, 2), begun=True) == np.float32([[0, 0], [7, 7], [0, 0]])).all()
+    with pytest.raises(CodebookError, match=r"sample.f32 .*damaged"):
+        open_sample(path, (4, 2), begun=True)

@@ -1,0 +1,99 @@
+import re
+import sys
+
+import pytest
+import timm
+
+from vwt.cli import main
+from vwt.errors import ModelError
+from vwt.models.families import FAMILIES
+from vwt.models.support import find_support, list_families
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("vit_tiny_patch16_224", "VisionTransformer: 12 blocks, 1 prefix tokens, 196 patches of 224x224 pixels"),
+        ("vit_giant_patch14_dinov2.lvd142m", "VisionTransformer: 40 blocks, 1 prefix tokens, 1369 patches"),
+        ("vit_small_patch16_dinov3", "Eva: 12 blocks, 5 prefix tokens, 256 patches of 256x256 pixels"),
+        ("beit_base_patch16_224", "Beit: .* only strategies that keep patches in their places, and no schedule"),
+        ("naflexvit_base_patch16_siglip", "NaFlexVit: 12 blocks, 0 prefix tokens, 576 patches of 384x384 pixels"),
+    ],
+)
+def test_supported(capsys, name, facts):
+    assert find_support(name).reason is None
+    assert main(["models", name]) == 0
+    assert re.match(rf"{name}: supported, {facts}", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", "SwinTransformer is not supported: it is of no family"),
+        ("test_convnext", "ConvNeXt is not supported"),
+        ("vit_tiny_r_s16_p8_224", "makes its patches with HybridEmbed"),
+    ],
+)
+def test_not_supported_and_why(capsys, name, reason):
+    assert reason in find_support(name).reason
+    assert main(["models", name, "vit_tiny_patch16_224"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{name}: no. ")
+    assert reason in lines[0]
+    assert lines[1].startswith("vit_tiny_patch16_224: supported")
+
+
+def test_the_families(capsys):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert out == list_families() + "\n"
+    assert all(f".{family.MODEL.__name__} " in out for family in FAMILIES)
+
+
+def test_classes_of_transformers(capsys):
+    pytest.importorskip("transformers")
+    assert main(["models", "BlipForConditionalGeneration", "Dinov2Model"]) == 0
+    expected = ["BlipForConditionalGeneration: supported, BLIP; images of one size", "Dinov2Model: supported, DINOv2"]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert main(["models", "SwinModel"]) == 1
+    assert re.match(
+        r"SwinModel: no\. transformers\.models\.swin\.modeling_swin\.SwinModel is not supported; of transformers, vwt "
+        r"takes CLIPVisionModel, .*SiglipModel; of another model of images and text, wrap the vision tower: .*\n$",
+        capsys.readouterr().out,
+    )
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "\ntransformers.ViTModel " in out
+    assert "BlipForConditionalGeneration" in out
+    for name in ("pipeline", "ViTmodel", "ViTConfig"):
+        with pytest.raises(
+            ModelError, match=f"no model '{name}'.* nor has transformers a class of models of that name"
+        ):
+            find_support(name)
+
+
+def test_without_transformers(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vwt.models.hf", None)
+    assert main(["models", "ViTModel"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no model 'ViTModel'" in error
+    assert "to ask for a class of transformers, pip install 'vwt[hf]'" in error
+    assert main(["models"]) == 0
+    assert re.search(r"\ntransformers +some of its models too: pip install 'vwt\[hf\]'\n", capsys.readouterr().out)
+
+
+def test_an_unknown_name(capsys):
+    with pytest.raises(ModelError, match="no model 'vit_giant_patch0'"):
+        find_support("vit_giant_patch0")
+    assert main(["models", "vit_giant_patch0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_that_cannot_be_made_without_memory(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no kernel\nfor meta")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(ModelError, match=r"vit_tiny_patch16_224 cannot be made on the meta device: no kernel; wrap it"):
+        find_support("vit_tiny_patch16_224")

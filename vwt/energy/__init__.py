@@ -1,0 +1,1 @@
+"""Joules: sensors, and a meter over them."""

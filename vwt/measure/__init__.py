@@ -1,0 +1,1 @@
+"""Timing, and the machine it is done on."""

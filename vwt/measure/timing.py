@@ -1,0 +1,142 @@
+"""Wall time of things that are compared, measured in turn."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vwt.errors import ArgumentError
+
+TIMED, TIMED_RUNS = 8, 12  # batches on which latency is measured, and runs of each
+
+
+def measure_latency(
+    model: nn.Module,
+    reduced: Sequence[nn.Module],
+    images: Tensor,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[tuple[float, float]]:
+    """Milliseconds a batch of a model and of what was made of it, in turn in one run, and their ratio to the model's.
+
+    Args:
+        model: comes first in the answer.
+        reduced: the others.
+        images: (n, C, H, W), of which the first batches are taken.
+        batch_size: images at a time.
+        seed: of the order.
+        progress: show a progress bar.
+
+    Raises:
+        ArgumentError: if the images do not fill a batch.
+    """
+    if len(images) < batch_size:
+        raise ArgumentError(f"{len(images)} images do not fill a batch of {batch_size}; give more")
+    batches = [batch for batch in images[: TIMED * batch_size].split(batch_size) if len(batch) == batch_size]
+    calls: list[Calls] = [{"run": on_batches(module, batches)} for module in (model, *reduced)]
+    with torch.inference_mode():
+        seconds = interleave(calls, len(batches), TIMED_RUNS, device=images.device, seed=seed, progress=progress)
+    runs = [np.median(timed["run"], axis=1) for timed in seconds]
+    return [(1e3 * float(np.median(run)), float(np.median(run / runs[0]))) for run in runs]
+
+
+class Stopwatch:
+    """Adds up wall time by part.
+
+    Attributes:
+        seconds: so far, by part.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time what runs inside as this part."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
+
+
+WARMUP = 5  # items that every call sees before anything is timed
+
+
+# What is timed, by role; the calls of one group run right after each other, each with the number of an item.
+Calls: TypeAlias = dict[str, Callable[[int], Any]]
+
+
+# Seconds (items, runs), by role.
+Seconds: TypeAlias = dict[str, np.ndarray]
+
+
+def on_batches(module: Callable[..., Any], batches: Sequence[Tensor]) -> Callable[[int], Any]:
+    """Call a module with the batch of a number."""
+    return lambda item: module(batches[item])
+
+
+def interleave(
+    groups: Sequence[Calls],
+    items: int,
+    runs: int,
+    *,
+    device: torch.device | None = None,
+    warmup: int = WARMUP,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Seconds]:
+    """Wall time of each call on each item, in turn.
+
+    The calls of a group run right after each other on the same item, in an order that is reversed from one run to the
+    next; the order of the groups is drawn anew each time. A drift of the machine so hits all of them alike.
+
+    Args:
+        groups: calls by role, each of which takes the number of an item.
+        items: how many there are.
+        runs: on each item.
+        device: to wait for, where it works asynchronously.
+        warmup: items that every call sees, twice, before the first is timed.
+        seed: of the order.
+        progress: show a progress bar.
+
+    Returns:
+        Seconds (items, runs) by role, for each group.
+    """
+    rng = random.Random(seed)
+    seconds = [{role: np.zeros((items, runs)) for role in calls} for calls in groups]
+    warm = [item for item in range(min(warmup, items)) for _ in range(2)]
+    with tqdm(total=len(warm) + items * runs, desc="timing", unit="round", disable=not progress) as bar:
+        for item in warm:
+            for calls in groups:
+                for call in calls.values():
+                    call(item)
+            bar.update()
+        for run in range(runs):
+            for item in range(items):
+                for index in rng.sample(range(len(groups)), len(groups)):
+                    roles = list(groups[index])
+                    for role in roles if (run + item) % 2 else reversed(roles):
+                        seconds[index][role][item, run] = time_call(groups[index][role], item, device)
+                bar.update()
+    return seconds
+
+
+def time_call(call: Callable[[int], Any], item: int, device: torch.device | None = None) -> float:
+    """Seconds of one call."""
+    cuda = device is not None and device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    call(item)
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

@@ -1,0 +1,100 @@
+"""Which models can be wrapped, and why others cannot."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import timm
+import torch
+
+from vwt.errors import ModelError, first_line
+from vwt.models.backbone import Backbone
+from vwt.models.families import FAMILIES
+
+INSTALL = "pip install 'vwt[hf]'"
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a model can be wrapped.
+
+    Attributes:
+        name: the model's.
+        reason: why it cannot be; None if it can.
+        facts: what there is to say of it, if it can.
+    """
+
+    name: str
+    reason: str | None
+    facts: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: " + (f"supported, {self.facts}" if self.reason is None else f"no. {self.reason}")
+
+
+def find_support(name: str) -> Support:
+    """Whether a model of timm, or of a class of transformers, can be wrapped.
+
+    Neither weights nor memory are needed to say so.
+
+    Raises:
+        ModelError: if there is no such model, or it cannot be made without memory.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        return _find_class_support(name)
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+    except Exception as error:  # whatever a model does when it is made
+        raise ModelError(
+            f"{name} cannot be made on the meta device: {first_line(error)}; wrap it to see whether that works"
+        ) from error
+    try:
+        backbone = Backbone(model)
+    except ModelError as error:
+        return Support(name, str(error))
+    _, height, width = backbone.input_shape
+    facts = (
+        f"{type(model).__name__}: {backbone.depth} blocks, {backbone.prefix} prefix tokens, {backbone.patches} patches "
+        f"of {height}x{width} pixels"
+    )
+    if not backbone.family.merges_positions:
+        facts += "; only strategies that keep patches in their places, and no schedule"
+    return Support(name, None, facts)
+
+
+def _find_class_support(name: str) -> Support:
+    """The same for a class of transformers."""
+    unknown = f"timm {timm.__version__} has no model {name!r}; see timm.list_models()"
+    hf = _transformers()
+    if hf is None:
+        raise ModelError(f"{unknown}; to ask for a class of transformers, {INSTALL}")
+    kind = hf.find_class(name)
+    if kind is None:
+        raise ModelError(f"{unknown}; nor has transformers a class of models of that name")
+    for tower in hf.TOWERS:
+        if kind in hf.classes_of(tower):
+            return Support(name, None, tower.ABOUT)
+    return Support(name, hf.unsupported(kind))
+
+
+def _transformers() -> ModuleType | None:
+    """The adapters of transformers' models, where it is installed."""
+    try:
+        return import_module("vwt.models.hf")
+    except ImportError:
+        return None
+
+
+def list_families() -> str:
+    """The families of models that can be wrapped, as a table of text."""
+    rows = [(f"{family.MODEL.__module__}.{family.MODEL.__name__}", family.ABOUT) for family in FAMILIES]
+    hf = _transformers()
+    if hf is None:
+        rows.append(("transformers", f"some of its models too: {INSTALL}"))
+    else:
+        for tower in hf.TOWERS:
+            first, *others = (kind.__name__ for kind in hf.classes_of(tower))
+            rows.append((f"transformers.{first}", f"{tower.ABOUT}; also {', '.join(others)}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {about}" for name, about in rows)

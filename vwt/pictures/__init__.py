@@ -1,0 +1,1 @@
+"""Figures of words, stages, profiles and fronts."""

@@ -1,0 +1,45 @@
+"""Pictures of words, groups, profiles and schedules. Needs matplotlib: `pip install vwt[plots]`."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from vwt.errors import ArgumentError
+
+
+def check_picture(path: str | os.PathLike[str] | None) -> None:
+    """Raise ArgumentError, before anything is measured, if a picture is asked for that cannot be drawn."""
+    if path is None:
+        return
+    path = Path(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'")
+    if path.suffix.lower() not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise ArgumentError(f"cannot draw {path}; expected a .png, .svg or .pdf in a folder that exists")
+
+
+def subplots(rows: int, columns: int, size: tuple[float, float] = (2.4, 2.5)) -> tuple[Any, Any]:
+    """A figure without pyplot, and its axes (rows, columns), each of a size in inches.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
+    figure = new_figure(size[0] * columns, size[1] * rows)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def new_figure(width: float, height: float, layout: Literal["tight", "constrained"] = "tight") -> Any:
+    """An empty figure without pyplot, of a size in inches, with one of matplotlib's layouts.
+
+    Raises:
+        ArgumentError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'") from error
+    figure = Figure(figsize=(width, height), layout=layout)
+    FigureCanvasAgg(figure)
+    return figure

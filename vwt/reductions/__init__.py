@@ -1,0 +1,1 @@
+"""Inside the blocks: fewer tokens between attention and MLP."""

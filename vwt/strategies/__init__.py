@@ -1,0 +1,1 @@
+"""Before the blocks: which patches make which visual word."""

@@ -1,0 +1,1 @@
+"""What everything works on: patches, words, packed sequences, positions, and attention over them."""

@@ -1,0 +1,1 @@
+"""What to do on this device: latency profiles, the search, schedules and plans."""

@@ -1,0 +1,76 @@
+"""What an interrupted `tune` leaves behind, and goes on with."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vwt.codebook.codebook import Codebook
+from vwt.documents import write_json
+from vwt.errors import DocumentError
+from vwt.tuning.profile import LatencyProfile
+
+
+class _Notes(dict[str, float]):
+    """What was measured, in a file that an interrupted call leaves behind and the next goes on with."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        model: nn.Module,
+        images: Tensor,
+        batch_size: int,
+        seed: int,
+        codebooks: Sequence[str | os.PathLike[str]] = (),
+    ) -> None:
+        super().__init__()
+        self.path = None if path is None else Path(path)
+        digest = hashlib.sha256(images.detach().float().cpu().numpy().tobytes())
+        for weight in model.parameters():  # of which a checksum would take long; their sums tell checkpoints apart
+            digest.update(f"{tuple(weight.shape)} {float(weight.detach().double().sum())!r}".encode())
+        for codebook in codebooks:  # which may have been built again at the same place
+            digest.update(Codebook.load(codebook).words.numpy().tobytes())
+        digest.update(json.dumps([LatencyProfile.identify(model), batch_size, seed, len(images)], default=str).encode())
+        self.profile: LatencyProfile | None = None
+        self.head: dict[str, Any] = {"of": digest.hexdigest(), "profile": None}
+        if self.path is not None and self.path.exists():
+            kept = read_notes(self.path)
+            if kept is not None and kept[0] == self.head["of"]:
+                super().update(kept[1])
+                self.keep_profile(kept[2])
+
+    def keep_profile(self, profile: LatencyProfile) -> None:
+        """Latency belongs to what was measured: budgets must be the same when it goes on."""
+        self.profile, self.head["profile"] = profile, asdict(profile)
+        self._write()
+
+    def __setitem__(self, name: str, value: float) -> None:
+        super().__setitem__(name, value)
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is not None:
+            try:
+                write_json(self.path, {**self.head, "measured": dict(self)})
+            except OSError as error:
+                raise DocumentError(f"cannot write {self.path}: {error.strerror}; choose another place") from error
+
+    def remove(self) -> None:
+        """All is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def read_notes(path: Path) -> tuple[str, dict[str, float], LatencyProfile] | None:
+    """What an interrupted call left: of what, what was measured, and the profile; None where that is damaged."""
+    try:
+        kept = json.loads(path.read_text())
+        measured = {str(name): float(value) for name, value in kept["measured"].items()}
+        return kept["of"], measured, LatencyProfile.from_fields(kept["profile"], str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DocumentError):
+        return None

@@ -1,0 +1,172 @@
+"""Plan: a strategy and a schedule for a model on a device, with what they cost and change."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from vwt.codebook.codebook import Codebook
+from vwt.documents import load_document, save_document
+from vwt.errors import ArgumentError, DocumentError, MismatchError, first_line
+from vwt.strategies.inter_image import InterImage
+from vwt.strategies.neighbours import Neighbours
+from vwt.strategies.strategy import Strategy
+from vwt.tokenizer import VWTokenizer
+from vwt.tuning.profile import LatencyProfile
+from vwt.tuning.schedule import PruningSchedule
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a strategy and a schedule do together.
+
+    Attributes:
+        strategy: as `Plan.strategy`.
+        schedule: reductions inside the blocks.
+        milliseconds: measured, a batch.
+        ratio: of that to the model itself, measured in the same run.
+        kl: mean KL(model ‖ reduced) over the calibration images, in nats.
+        agreement: share of them in which the first class is the model's.
+    """
+
+    strategy: dict[str, Any] | None
+    schedule: PruningSchedule
+    milliseconds: float
+    ratio: float
+    kl: float
+    agreement: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written into files."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"schedule": self.schedule.to_json()}
+
+    @classmethod
+    def from_json(cls, row: Any, origin: str) -> "Point":
+        """What `to_json` gave; raises DocumentError for anything else."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(row, dict) or set(row) != names:
+            raise DocumentError(f"{origin} has a point with other fields than {', '.join(sorted(names))}; tune again")
+        numbers = [row[name] for name in ("milliseconds", "ratio", "kl", "agreement")]
+        if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+            raise DocumentError(f"{origin} has a point whose figures are no numbers; tune again")
+        if not isinstance(row["strategy"], dict | None):
+            raise DocumentError(f"{origin} has the strategy {row['strategy']!r}; tune again")
+        return cls(**row | {"schedule": PruningSchedule.from_json(row["schedule"], origin)})
+
+    def __str__(self) -> str:
+        what = ", ".join(f"{what!r} in block {block}" for block, what in self.schedule.items())
+        name = " + ".join(part for part in (describe(self.strategy), what) if part) or "the model itself"
+        figures = (
+            f"{self.ratio:.3f}  {self.milliseconds:8.2f} ms  KL {self.kl:.4f}  agreement {100 * self.agreement:5.1f} %"
+        )
+        return f"{figures}  {name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `tune` chose for a model on a device.
+
+    Attributes:
+        model: the model's name.
+        batch_size: images at a time.
+        dtype: of the weights.
+        machine: where latency was measured, see `LatencyProfile`.
+        goal: what was asked for.
+        chosen: the point that reaches it; one without strategy and schedule where none is better than the model.
+        front: the points that were found.
+    """
+
+    model: str
+    batch_size: int
+    dtype: str
+    machine: dict[str, Any]
+    goal: dict[str, float]
+    chosen: Point
+    front: list[Point]
+
+    def apply(self, model: nn.Module, *, force: bool = False) -> VWTokenizer:
+        """The model as planned.
+
+        Args:
+            model: the one that was tuned.
+            force: also for another model, dtype or device, where the figures do not hold.
+
+        Raises:
+            MismatchError: for another model, dtype, device or codebook.
+        """
+        own = LatencyProfile.identify(model)
+        here = {name: own[name] for name in ("model", "dtype", "cpu", "device")}
+        there = {"model": self.model, "dtype": self.dtype, "cpu": self.machine["cpu"], "device": self.machine["device"]}
+        others = [f"{name} {there[name]!r}, here {here[name]!r}" for name in here if here[name] != there[name]]
+        if others and not force:
+            raise MismatchError(f"the plan was tuned for {'; '.join(others)}; tune again, or apply it with force")
+        return VWTokenizer(model, make_strategy(self.chosen.strategy), self.chosen.schedule)
+
+    def __str__(self) -> str:
+        """The front, one line a point, and the choice."""
+        rows = sorted(self.front, key=lambda point: -point.ratio)
+        goal = ", ".join(f"{name} {value:g}" for name, value in self.goal.items())
+        lines = ["ratio   latency", *map(str, rows), f"chosen for {goal}:", str(self.chosen)]
+        if not self.chosen.schedule and self.chosen.strategy is None:
+            lines.append("no plan is faster than the model itself for this goal: leave it as it is")
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON.
+
+        Raises:
+            DocumentError: if the file cannot be written.
+        """
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        points = {"chosen": self.chosen.to_json(), "front": [point.to_json() for point in self.front]}
+        save_document(path, "plan", VERSION, own | points)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read what `save` wrote.
+
+        Raises:
+            DocumentError: if the file is missing, cut short, or no plan.
+        """
+        own = load_document(path, "plan", VERSION, [field.name for field in fields(cls)])
+        if not isinstance(own["machine"], dict) or not {"cpu", "device"} <= set(own["machine"]):
+            raise DocumentError(f"{path} does not say where it was tuned; tune again")
+        if not isinstance(own["goal"], dict) or not isinstance(own["front"], list):
+            raise DocumentError(f"{path} has no goal or no front; tune again")
+        points = {
+            "chosen": Point.from_json(own["chosen"], str(path)),
+            "front": [Point.from_json(row, str(path)) for row in own["front"]],
+        }
+        return cls(**own | points)
+
+
+def make_strategy(made: Mapping[str, Any] | None) -> Strategy | None:
+    """A strategy from how a plan writes it: a name and its arguments; None for none.
+
+    Raises:
+        DocumentError: if it is no strategy.
+        CodebookError: if its codebook cannot be read.
+    """
+    if made is None:
+        return None
+    if not isinstance(made, Mapping):
+        raise DocumentError(f"the plan's strategy is {made!r}; expected a name and its arguments; tune again")
+    arguments = {name: value for name, value in made.items() if name != "name"}
+    try:
+        if made["name"] == "InterImage":
+            return InterImage(Codebook.load(arguments.pop("codebook")), **arguments)
+        return {"Neighbours": Neighbours}[made["name"]](**arguments)
+    except (KeyError, TypeError, ArgumentError) as error:
+        raise DocumentError(f"the plan's strategy {dict(made)!r} is none: {first_line(error)}; tune again") from error
+
+
+def describe(made: Mapping[str, Any] | None) -> str:
+    """A strategy as it would be written in Python; nothing for none."""
+    if made is None:
+        return ""
+    arguments = ", ".join(f"{name}={value}" for name, value in made.items() if name != "name")
+    return f"{made['name']}({arguments})"

@@ -1,0 +1,284 @@
+"""PruningSchedule: in which blocks how many tokens go."""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vwt.documents import load_document, save_document
+from vwt.errors import ArgumentError, DocumentError
+from vwt.reductions.kinds import KINDS
+from vwt.reductions.prune import Prune
+from vwt.reductions.reduction import Reduction, patches_entering
+from vwt.tuning.profile import LatencyProfile
+
+VERSION = 1
+
+
+RETRY_TRIES = 8  # candidates that are tried when a search is put right
+
+
+KEPT = (0.97, 1.01)  # of a budget: measured latency that is taken to use and to keep it
+
+
+class PruningSchedule(Mapping[int, Reduction]):
+    """Which blocks make fewer tokens of theirs, between attention and MLP.
+
+    A mapping from the index of a block, from 0, to `Prune`, `Merge` or `Absorb`; a bare number means
+    `Prune`. Empty, it prunes nothing.
+
+    Args:
+        reductions: by block; tokens to remove (`56`), or their share of the patch tokens that enter it (`0.3`).
+
+    Raises:
+        ArgumentError: for a block that is no index, or an amount that is none.
+
+    >>> PruningSchedule({3: 56})
+    PruningSchedule({3: Prune(56)})
+    """
+
+    def __init__(self, reductions: Mapping[int, int | float | Reduction]) -> None:
+        if not isinstance(reductions, Mapping):
+            raise ArgumentError(f"a schedule is {reductions!r}; expected a mapping such as {{3: 56, 6: Merge(40)}}")
+        made = {_check_block(block): _check_reduction(what) for block, what in reductions.items()}
+        self._reductions = dict(sorted(made.items()))
+
+    def __getitem__(self, block: int) -> Reduction:
+        return self._reductions[block]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._reductions)
+
+    def __len__(self) -> int:
+        return len(self._reductions)
+
+    def __repr__(self) -> str:
+        return f"PruningSchedule({self._reductions})"
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._reductions.items()))
+
+    def check(self, blocks: int, patches: int | None = None) -> None:
+        """Raise ArgumentError unless a model of so many blocks can do what is scheduled.
+
+        Args:
+            blocks: the model's depth.
+            patches: patch tokens (or words) that enter the first block, None where images differ. An image that has too
+                few loses as many as it can.
+        """
+        for block, reduction in self.items():
+            if block >= blocks:
+                raise ArgumentError(
+                    f"the schedule names block {block}; expected one of the model's {blocks}, from 0 to {blocks - 1}"
+                )
+            if patches is None:
+                continue
+            wanted, most = reduction.wanted(patches), reduction.most(patches)
+            if not 1 <= wanted <= most:
+                expected = f"expected 1 to {most}" if most > 0 else "leave the block out, nothing can go there"
+                raise ArgumentError(
+                    f"{reduction} in block {block} removes {wanted} of the {patches} patch tokens that enter it; "
+                    + expected
+                )
+            patches -= wanted
+
+    @classmethod
+    def from_utility(
+        cls, profile: LatencyProfile, accuracy: Mapping[int, float], alpha: float = 0.5, block: int | None = None
+    ) -> "PruningSchedule":
+        """The schedule of Prune One More Token (section 3.1): one block prunes down to the count of highest utility.
+
+        Args:
+            profile: of the model, on the device.
+            accuracy: by tokens that are left, prefix tokens included, all tokens among them; see
+                `vwt.tuning.calibration.Calibration.removal`.
+            alpha: weight of latency against accuracy, in [0, 1].
+            block: which one prunes; by default a quarter of the way, as in the paper.
+
+        Returns:
+            The empty schedule, where all tokens have the highest utility.
+
+        Raises:
+            ArgumentError: for an alpha out of range, or counts that pruning cannot reach.
+        """
+        block = profile.depth // 4 if block is None else block
+        curve = utility(profile, accuracy, alpha, block)
+        best = max(curve, key=lambda count: (curve[count], count))
+        return cls(down_to(profile, block, best))
+
+    @classmethod
+    def for_budget(
+        cls,
+        profile: LatencyProfile,
+        model: nn.Module,
+        images: Tensor | str | os.PathLike[str],
+        *,
+        milliseconds: float | None = None,
+        ratio: float | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> "PruningSchedule":
+        """The schedule within a budget of latency that changes the model's answers least.
+
+        Searched over blocks and counts of `Absorb` by predicted latency; what is compared is KL(full ‖ reduced) on
+        unlabelled images. What was found is then measured beside the model, and searched again with the budget put
+        right, as the machine may not be as fast as when it was profiled.
+
+        Args:
+            profile: of the model, on the device.
+            model: in eval mode.
+            images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of
+                which 256 are drawn.
+            milliseconds: budget a batch, or
+            ratio: the same as a share of the full model's.
+            seed: of the draw.
+            progress: show progress bars.
+
+        Returns:
+            The empty schedule, where the budget is as large as the full model, or no schedule would be faster.
+
+        Raises:
+            ArgumentError: for no budget, two, one that is none, or one below the least that is possible.
+            MismatchError: if the profile is of another model.
+            DataError: if there are too few images.
+        """
+        # They need the tokenizer, which needs schedules.
+        from vwt.measure.timing import measure_latency
+        from vwt.tokenizer import VWTokenizer
+        from vwt.tuning.calibration import Calibration, load_images
+        from vwt.tuning.search import SCREENING_IMAGES, TRIES, Option, Search
+
+        if (milliseconds is None) == (ratio is None):
+            raise ArgumentError("for_budget needs a budget: either milliseconds=… or ratio=…")
+        limit = milliseconds if ratio is None else ratio * profile.predict()
+        if limit is None or not 0 < limit < math.inf:
+            raise ArgumentError(f"the budget is {limit} ms; expected a positive number")
+        profile.check(model)
+        if limit >= profile.predict():
+            return cls({})
+        if not isinstance(images, Tensor):
+            images = load_images(images, model, seed=seed, progress=progress)
+        calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
+        search = Search(profile, {"": Option(calibration)}, progress=progress)
+        share = limit / profile.predict()
+        found: list[tuple[float, PruningSchedule]] = []
+        for tries in (TRIES, RETRY_TRIES, RETRY_TRIES):
+            schedule = cls(search.best(limit, tries).candidate.blocks)
+            fast = VWTokenizer(model, schedule=schedule, check=False)  # as it was by the calibration
+            _, (_, ratio) = measure_latency(model, [fast], images, profile.batch_size, seed=seed, progress=progress)
+            found.append((ratio, schedule))
+            if KEPT[0] * share <= ratio <= KEPT[1] * share:
+                break
+            limit = max(limit * share / ratio, search.least())
+        return min(found, key=lambda each: (each[0] > KEPT[1] * share, abs(each[0] - share)))[1]
+
+    def table(self, profile: LatencyProfile) -> str:
+        """Tokens that enter each block, what it removes, and predicted milliseconds, as a table of text."""
+        entering = patches_entering(self, profile.depth, profile.patches)
+        lines = [f"{'block':>5}  {'tokens':>6}  reduction"]
+        for block, count in enumerate(entering[:-1]):
+            what = self.get(block)
+            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {'' if what is None else repr(what)}".rstrip())
+        full, own = profile.predict(), profile.predict(self)
+        lines.append(f"predicted {own:.2f} ms of {full:.2f} ms ({own / full:.3f}) for a batch of {profile.batch_size}")
+        return "\n".join(lines)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """As it is written into files."""
+        return [{"block": b, "operation": what.kind, "amount": what.amount} for b, what in self.items()]
+
+    @classmethod
+    def from_json(cls, rows: Any, origin: str = "the schedule") -> "PruningSchedule":
+        """What `to_json` gave.
+
+        Raises:
+            DocumentError: if that is something else; `origin` names where it was read.
+        """
+        reductions: dict[int, Reduction] = {}
+        if not isinstance(rows, list):
+            raise DocumentError(f"{origin} has reductions of type {type(rows).__name__}; expected a list of them")
+        for row in rows:
+            if not isinstance(row, dict) or set(row) != {"block", "operation", "amount"}:
+                raise DocumentError(f"{origin} has the reduction {row!r}; expected a block, an operation and an amount")
+            kind = KINDS.get(str(row["operation"]))
+            if kind is None:
+                raise DocumentError(f"{origin} has the operation {row['operation']!r}; expected {' or '.join(KINDS)}")
+            try:
+                block, reduction = _check_block(row["block"]), kind(row["amount"])
+            except (ArgumentError, TypeError) as error:
+                raise DocumentError(f"{origin} has the reduction {row!r}: {error}") from error
+            if block in reductions:
+                raise DocumentError(f"{origin} names block {block} twice; expected one reduction a block")
+            reductions[block] = reduction
+        return cls(reductions)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON.
+
+        Raises:
+            DocumentError: if the file cannot be written.
+        """
+        save_document(path, "schedule", VERSION, {"reductions": self.to_json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningSchedule":
+        """Read what `save` wrote.
+
+        Raises:
+            DocumentError: if the file is missing, cut short, or no schedule.
+        """
+        fields = load_document(path, "schedule", VERSION, ("reductions",))
+        return cls.from_json(fields["reductions"], str(path))
+
+
+def _check_block(block: Any) -> int:
+    if not isinstance(block, int) or isinstance(block, bool) or block < 0:
+        raise ArgumentError(f"the schedule names block {block!r}; expected an index from 0")
+    return block
+
+
+def _check_reduction(what: Any) -> Reduction:
+    if not isinstance(what, Reduction):
+        return Prune(what)
+    if type(what) not in KINDS.values():
+        raise ArgumentError(
+            f"the schedule has {what!r}; expected a number, {' or '.join(k.__name__ for k in KINDS.values())}"
+        )
+    return what
+
+
+def utility(profile: LatencyProfile, accuracy: Mapping[int, float], alpha: float, block: int) -> dict[int, float]:
+    """U(n) = α · (1 - L(n) / max L) + (1 - α) · A(n) / max A of Prune One More Token, section 3.1.
+
+    L(n) is the latency of the whole model when n tokens are left after pruning in that block: what is measured is what
+    is deployed.
+
+    Args:
+        profile: of the model.
+        accuracy: A by tokens that are left, prefix tokens included.
+        alpha: in [0, 1].
+        block: which one prunes.
+
+    Raises:
+        ArgumentError: for an alpha out of range, or counts that pruning cannot reach.
+    """
+    if not 0 <= alpha <= 1:
+        raise ArgumentError(f"alpha is {alpha}; expected a weight in [0, 1]")
+    total = profile.prefix + profile.patches
+    if total not in accuracy or max(accuracy.values()) <= 0:
+        raise ArgumentError(
+            f"accuracy is known for {sorted(accuracy)} tokens; expected {total}, all of them, among these"
+        )
+    latency = {count: profile.predict(down_to(profile, block, count)) for count in accuracy}
+    slowest, best = max(latency.values()), max(accuracy.values())
+    return {n: alpha * (1 - latency[n] / slowest) + (1 - alpha) * accuracy[n] / best for n in sorted(accuracy)}
+
+
+def down_to(profile: LatencyProfile, block: int, count: int) -> dict[int, Reduction]:
+    """Pruning in a block that leaves so many tokens."""
+    removed = profile.prefix + profile.patches - count
+    if removed:
+        PruningSchedule({block: removed}).check(profile.depth, profile.patches)
+    return {block: Prune(removed)} if removed else {}

@@ -1,0 +1,241 @@
+"""One call for a plan: what to do before and inside the blocks of a model, on this device, within a budget."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vwt.errors import ArgumentError
+from vwt.measure.timing import Calls, interleave, measure_latency, on_batches
+from vwt.strategies.strategy import Strategy
+from vwt.tokenizer import VWTokenizer
+from vwt.tuning.calibration import ENOUGH, Calibration, check_enough, load_images
+from vwt.tuning.notes import _Notes
+from vwt.tuning.plan import Plan, Point, describe, make_strategy
+from vwt.tuning.profile import LatencyProfile
+from vwt.tuning.schedule import PruningSchedule
+from vwt.tuning.search import FINALISTS, SCREENING_IMAGES, TRIES, Option, Outcome, Search
+
+DROPS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)  # of Neighbours
+
+
+THRESHOLDS = (0.05, 0.1, 0.2)  # of InterImage, if there is a codebook
+
+
+RATIOS = (0.9, 0.8, 0.7, 0.6)  # of the front
+
+
+FEW = 10  # candidates that are measured for each of them
+
+
+COST_RUNS = 20  # of each strategy
+
+
+SLACK = 1.01  # of a budget, within which a measured latency is taken to keep it
+
+
+def tune(
+    model: nn.Module,
+    images: Tensor | str | os.PathLike[str],
+    *,
+    ratio: float | None = None,
+    milliseconds: float | None = None,
+    agreement: float | None = None,
+    batch_size: int = 1,
+    codebooks: Sequence[str | os.PathLike[str]] = (),
+    seed: int = 0,
+    notes: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Find what changes a model's answers least within a budget, or the fastest that keeps enough of them.
+
+    Measures what tokens cost on this device, tries strategies and schedules on unlabelled images, and measures the
+    latency of the best.
+
+    Args:
+        model: in eval mode, where and as it will be used; without classes, see `vwt.tuning.calibration.Calibration`.
+        images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of which
+            256 are drawn.
+        ratio: budget, of the model's latency, or
+        milliseconds: the same a batch; and, or
+        agreement: share of the images on which the first class must be the model's.
+        batch_size: images at a time.
+        codebooks: paths, to try inter-image words too.
+        seed: of the draw and of the order of measurements.
+        notes: a file that keeps what was measured, with which an interrupted call goes on; removed in the end.
+        progress: show progress bars.
+
+    Raises:
+        ArgumentError: for no goal, one that is none, or goals that cannot be met together; says what can.
+        ModelError, ImageError, DataError: see `LatencyProfile.measure`, `Calibration` and `load_images`.
+    """
+    goal = _check_goal(ratio, milliseconds, agreement)
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size is {batch_size}; expected at least 1")
+    if notes is not None and not Path(notes).absolute().parent.is_dir():
+        raise ArgumentError(f"cannot write {notes}: there is no such folder; make it, or choose another place")
+    if not isinstance(images, Tensor):
+        images = load_images(images, model, ENOUGH, seed=seed, progress=progress)
+    check_enough(images)
+    if len(images) < batch_size:
+        raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
+    notes_ = _Notes(notes, model, images, batch_size, seed, codebooks)
+    profile = notes_.profile or LatencyProfile.measure(model, batch_size, seed=seed, progress=progress)
+    notes_.keep_profile(profile)
+    calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
+    made = _strategies(codebooks)
+    bound = {name: calibration.with_strategy(_known(make_strategy(how))) for name, how in made.items()}
+    costs = _costs(profile, images[:batch_size], bound, seed, progress)
+    options = {"": Option(calibration)} | {name: Option(bound[name], costs[name]) for name in made}
+    search = Search(profile, options, notes_, progress=progress)
+    bench = _Bench(model, made, images, batch_size, seed, progress)
+    points = _search_front(search, goal, bench)
+    plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, _choose(points, goal), _pareto(points))
+    notes_.remove()
+    return plan
+
+
+def _check_goal(ratio: float | None, milliseconds: float | None, agreement: float | None) -> dict[str, float]:
+    goal = {"ratio": ratio, "milliseconds": milliseconds, "agreement": agreement}
+    asked = {name: float(value) for name, value in goal.items() if value is not None}
+    if not asked or {"ratio", "milliseconds"} <= set(asked):
+        raise ArgumentError("tune needs a goal: ratio=… or milliseconds=…, or agreement=…, or one of each")
+    for name, most in (("ratio", 1.0), ("milliseconds", math.inf), ("agreement", 1.0)):
+        if name in asked and not 0 < asked[name] <= most:
+            raise ArgumentError(f"{name} is {asked[name]:g}; expected a number above 0 and at most {most:g}")
+    return asked
+
+
+def _strategies(codebooks: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, Any]]:
+    """What may be tried before the blocks, as plans write it, by name."""
+    made: list[dict[str, Any]] = [{"name": "Neighbours", "drop": drop} for drop in DROPS]
+    for path in codebooks:
+        full = str(Path(path).resolve())
+        made += [{"name": "InterImage", "codebook": full, "threshold": threshold} for threshold in THRESHOLDS]
+    return {describe(how): how for how in made}
+
+
+def _costs(
+    profile: LatencyProfile, images: Tensor, bound: Mapping[str, Calibration], seed: int, progress: bool
+) -> dict[str, float]:
+    """Milliseconds a batch that strategies take themselves: what a forward takes beyond its prediction."""
+    fasts = {name: calibration.fast for name, calibration in bound.items()}
+    full_model = next(iter(fasts.values())).model
+    calls: list[Calls] = [{"run": on_batches(module, [images])} for module in (full_model, *fasts.values())]
+    with torch.inference_mode():
+        seconds = interleave(calls, 1, COST_RUNS, device=images.device, warmup=1, seed=seed, progress=progress)
+        patches = [round(float(fast.tokenize(images).counts.float().mean())) for fast in fasts.values()]
+    full, *others = (1e3 * float(np.median(timed["run"])) for timed in seconds)
+    # The machine may have become slower or faster since it was profiled.
+    scale = profile.predict() / full
+    extra: dict[str, list[float]] = {}
+    for fast, taken, count in zip(fasts.values(), others, patches, strict=True):
+        extra.setdefault(_kind(fast), []).append(scale * taken - profile.predict({}, count))
+    # One figure for all of a kind: each is a small difference of large ones.
+    return {name: max(0.0, float(np.median(extra[_kind(fast)]))) for name, fast in fasts.items()}
+
+
+def _kind(fast: VWTokenizer) -> str:
+    """Strategies that do the same work: a class, and a codebook if there is one."""
+    return f"{type(fast.strategy).__name__} {id(getattr(fast.strategy, 'codebook', None))}"
+
+
+def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench") -> list[Point]:
+    """The best for the goal, and, with less effort, for some budgets around it, all with their measured latency."""
+    full = search.profile.predict()
+    outcomes = [search.best(r * full, FEW, finalists=2) for r in RATIOS if search.least() <= r * full]
+    points = bench.measure(outcomes)
+    target = goal.get("ratio", goal.get("milliseconds", 0.0) / points[0].milliseconds)
+    aim = target or _between(points, goal["agreement"], search.least() / full)
+    found: Outcome | None = None
+    for tries, finalists in ((TRIES, FINALISTS), (FEW, 4), (FEW, 4)):
+        if not search.least() <= aim * full < full:
+            break
+        # What was found before, put right too: predictions err by as much for all that are like it.
+        also = search.refit(found.candidate, aim * full) if found else None
+        found = search.best(aim * full, tries, finalists)
+        outcomes += dict.fromkeys(outcome for outcome in (also, found) if outcome is not None)
+        points = bench.measure(outcomes)
+        reached = points[-1]
+        if target:  # what is measured differs a little from what was predicted
+            aim *= target / reached.ratio
+        else:
+            predicted = search.predict(found.candidate) / full
+            aim = _between(points, goal["agreement"], search.least() / full) * predicted / reached.ratio
+    return points
+
+
+def _between(points: Sequence[Point], agreement: float, least: float) -> float:
+    """The ratio half way from the fastest that agrees enough to the next faster one, or the least possible."""
+    good = min(point.ratio for point in points if point.agreement >= agreement)
+    return (good + max((point.ratio for point in points if point.ratio < good), default=least)) / 2
+
+
+class _Bench:
+    """Measures the latency of outcomes, always with the model itself in the same run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        made: Mapping[str, dict[str, Any]],
+        images: Tensor,
+        batch_size: int,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        self.model, self.made, self.images, self.batch_size = model, made, images, batch_size
+        self.seed, self.progress = seed, progress
+
+    def measure(self, outcomes: Sequence[Outcome]) -> list[Point]:
+        """The model itself, and each outcome."""
+        strategies = [self.made.get(outcome.candidate.option) for outcome in outcomes]
+        schedules = [PruningSchedule(outcome.candidate.blocks) for outcome in outcomes]
+        pairs = zip(strategies, schedules, strict=True)
+        reduced = [
+            VWTokenizer(self.model, make_strategy(strategy), schedule, check=False) for strategy, schedule in pairs
+        ]
+        timed = measure_latency(
+            self.model, reduced, self.images, self.batch_size, seed=self.seed, progress=self.progress
+        )
+        points = [Point(None, PruningSchedule({}), *timed[0], 0.0, 1.0)]
+        for outcome, strategy, schedule, (ms, ratio) in zip(outcomes, strategies, schedules, timed[1:], strict=True):
+            points.append(Point(strategy, schedule, ms, ratio, outcome.kl, outcome.agreement))
+        return points
+
+
+def _choose(points: Sequence[Point], goal: Mapping[str, float]) -> Point:
+    """The point of lowest KL within the budget; without one, the fastest that agrees enough."""
+    agreed = [point for point in points if point.agreement >= goal.get("agreement", 0.0)]
+    if "ratio" not in goal and "milliseconds" not in goal:
+        return min(agreed, key=lambda point: point.milliseconds)
+    within = [
+        point
+        for point in agreed
+        if point.ratio <= SLACK * goal.get("ratio", math.inf)
+        and point.milliseconds <= SLACK * goal.get("milliseconds", math.inf)
+    ]
+    if not within:
+        front = "; ".join(
+            f"ratio {p.ratio:.2f} ({p.milliseconds:.1f} ms): agreement {p.agreement:.3f}" for p in _pareto(points)
+        )
+        raise ArgumentError(f"no plan reaches {dict(goal)}; what can be reached is {front}; ask for one of these")
+    return min(within, key=lambda point: (point.kl, point.milliseconds))
+
+
+def _pareto(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both latency and KL, the slowest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.milliseconds, point.kl)):
+        if not front or point.kl < front[-1].kl:
+            front.append(point)
+    return front[::-1]
+
+
+def _known(strategy: Strategy | None) -> Strategy:
+    assert strategy is not None
+    return strategy
