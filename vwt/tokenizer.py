@@ -251,7 +251,7 @@ class VWTokenizer(nn.Module):
             )
 
     def _merge_and_pack(self, embedded: Embedded, words: Words) -> Packed:
-        size_exponent = getattr(self.strategy, "proportion", 0.0)
+        size_exponent = getattr(self.strategy, "size_exponent", 0.0)
         # Without schedule too: reductions are tried on what is packed here (see `vwt.calibration`).
         sizes = words.sizes if size_exponent or words.kept is None else None
         return self.backbone.pack(embedded, words, sizes, size_exponent)
