@@ -82,7 +82,7 @@ class VWTokenizer(nn.Module):
             weight = next(model.parameters())
             self.strategy = strategy.bind(spec).to(weight.device)
         self._unwatched = True
-        self.train(model.training)
+        self.training = model.training  # `train()` would change frozen parts of the model too
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
