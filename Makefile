@@ -5,37 +5,53 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
+# Processes that tests run in, and the seed of `make test-random`.
+JOBS ?= 2
+SEED := $(or $(SEED),$(shell date +%s))
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: setup demo test test-oldest lint types clean
+.PHONY: setup demo test test-all test-random test-oldest lint types clean
+
+# $(call install,FOLDER,CONSTRAINTS): a virtual environment with vwt and all that its tests need
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	|| { echo "vwt needs Python 3.11 or newer; name one with make PYTHON=..."; exit 2; }
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet -c $(2) -e '.[dev]'
+endef
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "vwt needs Python 3.11 or newer; name one with make PYTHON=..."; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,plots]'
+	$(call install,$(VENV),constraints.txt)
+	@touch $@
+
+# What constraints-oldest.txt names is installed as it says there, everything else as in constraints.txt.
+$(OLDEST_READY): pyproject.toml constraints.txt constraints-oldest.txt
+	mkdir -p $(OLDEST)
+	awk -F== 'NR == FNR { oldest[$$1] } NR == FNR || !($$1 in oldest)' constraints-oldest.txt constraints.txt \
+		> $(OLDEST)/constraints.txt
+	$(call install,$(OLDEST),$(OLDEST)/constraints.txt)
+	$(OLDEST)/bin/python -m pip uninstall --quiet --yes torchao  # it needs a newer torch, and transformers imports it
 	@touch $@
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
+# Every capability, on one case or a few; `test-all` adds the matrices of models, spaces and precisions.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-# What constraints-oldest.txt names is installed as it says there, everything else as in constraints.txt.
-$(OLDEST_READY): pyproject.toml constraints.txt constraints-oldest.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "vwt needs Python 3.11 or newer; name one with make PYTHON=..."; exit 2; }
-	$(PYTHON) -m venv $(OLDEST)
-	awk -F== 'NR == FNR { oldest[$$1] } NR == FNR || !($$1 in oldest)' constraints-oldest.txt constraints.txt \
-		> $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt -e '.[dev,plots]'
-	$(OLDEST)/bin/python -m pip uninstall --quiet --yes torchao  # it needs a newer torch, and transformers imports it
-	@touch $@
+test-all: $(READY)
+	$(BIN)/python $(PYTEST)
+
+# Properties on many examples, others at each run; SEED=... repeats one.
+test-random: $(READY)
+	@echo "seed $(SEED)"
+	$(BIN)/python $(PYTEST) -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

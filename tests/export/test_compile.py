@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.matrix import matrix
 from tests.test_tokenizer import EveryOther, make_images, make_inter
 from vwt import Absorb, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.strategies.neighbours import Neighbours
@@ -52,8 +53,14 @@ POOLS = {"avg": {"global_pool": "avg"}, "all": {"global_pool": "", "reg_tokens":
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("dynamic", "batch"), [(None, 1), (False, 3)])
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize(
+    ("name", "dynamic", "batch"),
+    matrix(
+        [(name, *rest) for name in FIXED for rest in [(None, 1), (False, 3)]],
+        ("intra", False, 3),
+        ("neighbours", None, 1),
+    ),
+)
 def test_fixed_counts_are_one_graph_for_all_images(name, dynamic, batch):
     fast = VWTokenizer(make_model(), FIXED[name]())
     compiled, counter = compile_counted(fast, fullgraph=True, dynamic=dynamic)
@@ -63,7 +70,7 @@ def test_fixed_counts_are_one_graph_for_all_images(name, dynamic, batch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", matrix(POOLS, "all"))
 def test_every_pooling_is_one_graph(pool):
     fast = VWTokenizer(make_model(**POOLS[pool]), IntraImage(0.4))
     compiled, counter = compile_counted(fast, fullgraph=True)
@@ -84,15 +91,19 @@ SCHEDULES = {
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("name", "schedule", "batch"),
-    [
-        ("none", "prune", 1),
-        ("none", "merge", 3),
-        ("none", "both", 1),
+    matrix(
+        [
+            ("none", "prune", 1),
+            ("none", "merge", 3),
+            ("none", "both", 1),
+            ("none", "absorb", 1),
+            ("intra", "both", 3),
+            ("intra", "absorb twice", 1),
+            ("neighbours", "absorb", 2),
+        ],
         ("none", "absorb", 1),
         ("intra", "both", 3),
-        ("intra", "absorb twice", 1),
-        ("neighbours", "absorb", 2),
-    ],
+    ),
 )
 def test_reductions_inside_the_blocks_are_one_graph_for_all_images(name, schedule, batch):
     fast = VWTokenizer(make_model(depth=2), FIXED[name](), SCHEDULES[schedule])
@@ -102,6 +113,7 @@ def test_reductions_inside_the_blocks_are_one_graph_for_all_images(name, schedul
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("pool", POOLS)
 def test_reductions_under_every_pooling_are_one_graph(pool):
@@ -129,7 +141,7 @@ def test_compiled_blocks_that_do_not_prune_keep_fused_attention():
 
 @torch.inference_mode()
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("reduction", [Prune(10), Absorb(30)], ids=repr)
+@pytest.mark.parametrize("reduction", matrix([Prune(10), Absorb(30)], Absorb(30)), ids=repr)
 def test_what_inductor_makes_of_reductions(reduction):
     fast = VWTokenizer(make_model(depth=2), None, PruningSchedule({0: reduction}))
     compiled = torch.compile(fast)
@@ -141,7 +153,7 @@ def test_what_inductor_makes_of_reductions(reduction):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("space", ["pixel", "embedding"])
+@pytest.mark.parametrize("space", matrix(["pixel", "embedding"], "pixel"))
 def test_images_of_other_counts_are_not_compiled_again(space):
     fast = VWTokenizer(make_model(), make_inter(make_model(), space))
     compiled, counter = compile_counted(fast)
@@ -153,6 +165,7 @@ def test_images_of_other_counts_are_not_compiled_again(space):
     assert frames == [STATIC, DYNAMIC, DYNAMIC, DYNAMIC]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_batches_of_other_counts_are_not_compiled_again():
     images, fast = make_images(), VWTokenizer(make_model(), make_inter(make_model(), "pixel"))
@@ -166,6 +179,7 @@ def test_batches_of_other_counts_are_not_compiled_again():
     assert set(frames[1:]) == {DYNAMIC}
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("pool", POOLS)
 def test_every_pooling_is_compiled_a_bounded_number_of_times(pool):
@@ -207,6 +221,7 @@ def test_the_blocks_are_compiled_for_any_number_of_tokens():
     assert kernels == [0, 0, 1, 1]  # before the blocks; with the one block, for one number of tokens and for any
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
 def test_what_inductor_makes_of_any_number_of_tokens():
@@ -235,8 +250,14 @@ STRATEGIES = {
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    matrix(
+        [(name, dtype) for name in STRATEGIES for dtype in (torch.float16, torch.bfloat16)],
+        ("intra", torch.float16),
+        ("inter", torch.bfloat16),
+    ),
+)
 def test_half_precision(name, dtype):
     fast = VWTokenizer(make_model(), STRATEGIES[name]()).to(dtype)
     images = make_images().to(dtype)
@@ -246,7 +267,7 @@ def test_half_precision(name, dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", matrix(STRATEGIES, "inter"))
 def test_autocast(name):
     fast = VWTokenizer(make_model(), STRATEGIES[name]())
     compiled, _ = compile_counted(fast)
@@ -257,8 +278,9 @@ def test_autocast(name):
             torch.testing.assert_close(output, fast(batch))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "size"), matrix([(name, size) for name in STRATEGIES for size in (1, 4)], ("inter", 4), ("near", 1))
+)
 def test_gradients(name, size):
     fast = VWTokenizer(make_model(), STRATEGIES[name]())
     weight, images = fast.model.blocks[0].attn.qkv.weight, make_images()[-size:]
@@ -267,6 +289,7 @@ def test_gradients(name, size):
     torch.testing.assert_close(torch.autograd.grad(compiled(images).square().sum(), weight)[0], expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_gradients_through_reductions():
     fast = VWTokenizer(make_model(depth=2), IntraImage(0.4), SCHEDULES["both"])
     weight, images = fast.model.blocks[0].attn.qkv.weight, make_images()
@@ -275,7 +298,7 @@ def test_gradients_through_reductions():
     torch.testing.assert_close(torch.autograd.grad(compiled(images).square().sum(), weight)[0], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", matrix(STRATEGIES, "intra"))
 def test_training_with_dropout(name):
     fast = VWTokenizer(make_model(proj_drop_rate=0.2, drop_path_rate=0.2, attn_drop_rate=0.2), STRATEGIES[name]())
     compiled = torch.compile(fast.train(), backend="aot_eager")

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from tests.matrix import matrix
 from tests.test_tokenizer import EveryOther, make_images, make_inter
 from vwt import Absorb, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError
@@ -69,7 +70,9 @@ def make_reduced(name, pool, schedule):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "pool", "schedule"), REDUCED)
+@pytest.mark.parametrize(
+    ("name", "pool", "schedule"), matrix(REDUCED, ("intra", "avg", "both"), ("intra", "registers", "absorb"))
+)
 def test_an_exported_program_reduces_inside_its_blocks(name, pool, schedule):
     fast, (images, others) = make_reduced(name, pool, schedule), make_batches()
     program = torch.export.export(fast, (images,)).module()
@@ -114,13 +117,13 @@ def check_onnxruntime(fast):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "pool"), CASES)
+@pytest.mark.parametrize(("name", "pool"), matrix(CASES, ("near", "registers")))
 def test_onnxruntime_answers_as_eager(name, pool):
     check_onnxruntime(VWTokenizer(make_model(**POOLS[pool]), FIXED[name]()))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "pool", "schedule"), REDUCED)
+@pytest.mark.parametrize(("name", "pool", "schedule"), matrix(REDUCED, ("none", "token", "absorb")))
 def test_onnxruntime_reduces_inside_the_blocks(name, pool, schedule):
     check_onnxruntime(make_reduced(name, pool, schedule))
 
