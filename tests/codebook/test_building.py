@@ -13,7 +13,7 @@ import vwt
 from tests.codebook.test_codebook import assert_same, bytes_of
 from tests.test_datasets import write_images
 from vwt.codebook import building
-from vwt.codebook.building import BuildConfig, duplicate_words, run_build
+from vwt.codebook.building import BuildConfig, first_of_twins, run_build
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, CodebookError, DataError, ModelError, VWTError
 from vwt.models.spec import PatchSpec
@@ -135,6 +135,23 @@ def test_codebook_serves_the_model_it_was_built_for(images, small_vit):
     assert_same(codebook, build(images, small_vit)[0])
 
 
+def test_words_of_a_naflex_model(images):
+    """It has no patch_embed: its family knows its projection."""
+    cfg = {"input_size": (3, 160, 160)}
+    small = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10, "pretrained_cfg_overlay": cfg}
+    model = timm.create_model("naflexvit_base_patch16_gap", **small).eval()
+    codebook, report = build(images, model)
+    assert report.images == 12
+    fast = vwt.VWTokenizer(model, vwt.InterImage(codebook, threshold=1.0))
+    assert fast.tokenize(torch.ones(1, *fast.backbone.input_shape)).counts[0] < fast.backbone.patches
+
+
+def test_models_that_cannot_be_wrapped_get_no_codebook(images, small_vit):
+    swin = timm.create_model("swin_tiny_patch4_window7_224")
+    with pytest.raises(ModelError, match="SwinTransformer is not supported"):
+        build(images, swin, space="pixel")
+
+
 def test_codebook_says_where_it_comes_from(images, small_vit):
     codebook, report = build(images, small_vit, seed=3)
     assert codebook.projection == PatchSpec.of(small_vit).projection
@@ -202,7 +219,7 @@ def test_words_without_patches_and_twins_are_counted(tmp_path, small_vit):
     for grey in range(0, 240, 20):
         Image.new("RGB", (160, 160), (grey,) * 3).save(tmp_path / f"{grey:03}.png")
     codebook, report = build(tmp_path, small_vit, space="pixel")
-    assert (report.effective, report.empty) == (2, 14)
+    assert (report.effective, report.empty + report.duplicate) == (2, 14)
     assert sorted(codebook.counts.tolist()) == [0] * 14 + [500, 700]
     assert codebook.words.norm(dim=-1).min() > 0  # a direction, even where it is nobody's
     assert codebook.provenance["clustering"]["effective words"] == 2
@@ -213,7 +230,20 @@ def test_twins_point_the_way_of_an_earlier_word():
     twins = {5: 3, 1023: 0, 1024: 1023, 1500: 1023, 2099: 7}
     for later, earlier in twins.items():
         directions[later] = directions[earlier]
-    assert duplicate_words(directions).nonzero().flatten().tolist() == sorted(twins)
+    chains = twins | {1024: 0, 1500: 0}  # by way of 1023
+    assert first_of_twins(directions).tolist() == [chains.get(word, word) for word in range(2100)]
+
+
+def test_patches_of_twins_count_to_the_first():
+    """Words that faiss made of one: which of them a patch is nearer to is a matter of rounding."""
+    signs = torch.ones(64)
+    signs[1::2] = -1
+    split = F.normalize(torch.stack([1 + signs / 1024, 1 - signs / 1024, -torch.ones(64)]), dim=-1)
+    sums = {name: torch.zeros(3, dtype=torch.int64) for name in ("counts", "document_counts")}
+    sums |= {name: torch.zeros(3, dtype=torch.float64) for name in ("projections", "totals")}
+    building._count_batch(split[None, [0, 1, 1, 2]], split, first_of_twins(split), 0.1, sums)
+    assert sums["counts"].tolist() == [3, 0, 1]
+    assert sums["document_counts"].tolist() == [1, 0, 1]
 
 
 @pytest.fixture

@@ -361,6 +361,11 @@ def test_import_of_a_bare_tensor(tmp_path):
     assert len(Codebook.load(tmp_path / "w.zarr")) == 9
 
 
+def test_import_with_one_number_for_the_patch_size(tmp_path):
+    torch.save(torch.randn(9, 48), tmp_path / "vocab.pt")
+    assert Codebook.from_vwt(tmp_path / "vocab.pt", patch_size=4, **HALF).patch_size == (4, 4)
+
+
 def test_import_of_words_that_are_patches_by_channel(tmp_path):
     torch.save(words := torch.randn(9, 3, 4, 4), tmp_path / "vocab.pt")
     assert torch.equal(Codebook.from_vwt(tmp_path / "vocab.pt", patch_size=(4, 4), **HALF).words, words.flatten(1))

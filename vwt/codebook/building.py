@@ -51,7 +51,9 @@ _SAMPLE_BYTES = 256 << 20
 _SAVE_EVERY = 1.0  # seconds
 
 
-_DUPLICATE = 1e-6  # cosine distance
+# Cosine distance. faiss makes two words of one by 1 ± 1/1024 on each channel, which puts them 2e-6 apart, and rounding
+# decides which of them a patch is nearer to.
+_DUPLICATE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class BuildReport:
         skipped: name of each image that could not be read, with the reason.
         patches: patches seen.
         sampled: patches that the clustering worked on.
-        empty: words that no patch is nearest to.
-        duplicate: words, not empty, that equal an earlier one.
+        empty: words that no patch is nearest to, duplicates not counted.
+        duplicate: words that equal an earlier one, to which their patches count.
         effective: words that are neither.
         distance: mean cosine distance of all patches to their nearest word.
         matched: share of patches within the threshold.
@@ -342,6 +344,7 @@ class _Build:
     def _count(self, centres: Tensor) -> Codebook:
         """Count patches and images of each word, and put words together with where they come from."""
         words, directions = len(centres), F.normalize(centres, dim=-1).to(self.features.device)
+        first = first_of_twins(directions.cpu()).to(directions.device)
         state = SavedTensors(self.folder / "counts.safetensors")
         sums = state.tensors or {
             "counts": torch.zeros(words, dtype=torch.int64),
@@ -352,14 +355,14 @@ class _Build:
         saved = time.monotonic()
         for batch, features in self.features.batches("count", int(state.meta.get("next", 0))):
             with self.timed("count"):
-                _count_batch(features, directions, self.config.threshold, sums)
+                _count_batch(features, directions, first, self.config.threshold, sums)
             if time.monotonic() - saved > _SAVE_EVERY:
                 state.save(sums, {"next": str(batch.stop)})
                 saved = time.monotonic()
         with self.timed("finish"):
-            return self._codebook(centres, directions.cpu(), sums)
+            return self._codebook(centres, directions.cpu(), first.cpu(), sums)
 
-    def _codebook(self, centres: Tensor, directions: Tensor, sums: dict[str, Tensor]) -> Codebook:
+    def _codebook(self, centres: Tensor, directions: Tensor, first: Tensor, sums: dict[str, Tensor]) -> Codebook:
         config, counts = self.config, sums["counts"]
         images, distance, matched = sums["totals"].tolist()
         if config.spherical:
@@ -368,7 +371,7 @@ class _Build:
             along = sums["projections"] / counts.clamp(min=1)
             along[counts == 0] = sums["projections"].sum() / counts.sum()
             centres = directions * along[:, None].float()
-        self._finish_report(int(images), distance, matched, counts, directions)
+        self._finish_report(int(images), distance, matched, counts, first)
         packages = ["torch", "timm", "numpy", "faiss-cpu" if config.backend == "faiss" else "scikit-learn"]
         return Codebook(
             words=centres,
@@ -406,20 +409,26 @@ class _Build:
             },
         )
 
-    def _finish_report(self, images: int, distance: float, matched: float, counts: Tensor, directions: Tensor) -> None:
-        report, used = self.report, counts > 0
+    def _finish_report(self, images: int, distance: float, matched: float, counts: Tensor, first: Tensor) -> None:
+        report, is_first = self.report, first == torch.arange(len(first))
         report.images = images
         report.skipped = {name: reason for _, (name, reason) in sorted(self.features.skipped.items())}
         report.patches = int(counts.sum())
-        report.empty, report.duplicate = int((~used).sum()), int(duplicate_words(directions[used]).sum())
+        report.empty, report.duplicate = int((is_first & (counts == 0)).sum()), int((~is_first).sum())
         report.effective = len(counts) - report.empty - report.duplicate
         report.distance, report.matched = distance / report.patches, matched / report.patches
 
 
-def _count_batch(features: Tensor, directions: Tensor, threshold: float, sums: dict[str, Tensor]) -> None:
-    """Add patches (B, N, D) to counts, document counts, projections on their words, and totals."""
+def _count_batch(
+    features: Tensor, directions: Tensor, first: Tensor, threshold: float, sums: dict[str, Tensor]
+) -> None:
+    """Add patches (B, N, D) to counts, document counts, projections on their words, and totals.
+
+    Patches of a word that equals an earlier one count to that; `first` as `first_of_twins` gives it.
+    """
     words = len(directions)
     similarity, nearest = nearest_words(features, directions)
+    nearest = first[nearest]
     flat = nearest.flatten()
     occurs = torch.zeros(len(features), words, dtype=torch.bool, device=features.device).scatter_(1, nearest, True)
     along = (similarity * features.norm(dim=-1)).flatten().double()
@@ -432,15 +441,18 @@ def _count_batch(features: Tensor, directions: Tensor, threshold: float, sums: d
     )
 
 
-def duplicate_words(directions: Tensor) -> Tensor:
-    """Which words (K,) bool point the way of an earlier word, within a cosine distance of 1e-6.
+def first_of_twins(directions: Tensor) -> Tensor:
+    """Id (K,) int64 of the first word that each points the way of, within a cosine distance of 1e-5; else its own.
 
     Args:
         directions: (K, D) of unit length.
     """
-    duplicate = torch.zeros(len(directions), dtype=torch.bool)
+    first = torch.arange(len(directions))
     for start in range(0, len(directions), 1024):
         block = directions[start : start + 1024]
-        same = block @ directions.T >= 1.0 - _DUPLICATE
-        duplicate[start : start + 1024] = same.tril(start - 1).any(dim=1)
-    return duplicate
+        same = (block @ directions.T >= 1.0 - _DUPLICATE).tril(start)
+        same[torch.arange(len(block)), torch.arange(start, start + len(block))] = True
+        first[start : start + 1024] = same.int().argmax(dim=1)
+    while not torch.equal(first, first[first]):  # the twin of a twin
+        first = first[first]
+    return first

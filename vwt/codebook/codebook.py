@@ -45,7 +45,8 @@ class Codebook:
     Attributes:
         words: (K, D) float32. Pixel words are flattened patches, channel first; embedding words have the width of
             the model.
-        counts: (K,) int64, patches of the data set that are nearest to the word.
+        counts: (K,) int64, patches of the data set that are nearest to the word; of words that are equal, the first
+            has the patches of all.
         document_counts: (K,) int64, images of the data set in which the word occurs.
         space: "pixel" or "embedding".
         patch_size: (height, width) in pixels.
@@ -250,7 +251,7 @@ class Codebook:
         cls,
         path: str | os.PathLike[str],
         *,
-        patch_size: tuple[int, int],
+        patch_size: int | tuple[int, int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         spec: PatchSpec | None = None,
@@ -262,7 +263,7 @@ class Codebook:
 
         Args:
             path: the file; loaded with `weights_only=True`.
-            patch_size: (height, width) in pixels.
+            patch_size: (height, width) in pixels, or one number for both.
             mean: per channel, of the normalisation of the images.
             std: per channel, likewise.
             spec: `PatchSpec.of(model)` if the words lie in that model's embedding space; None for pixel words.
@@ -283,7 +284,7 @@ class Codebook:
             counts=none,
             document_counts=none.clone(),
             space="embedding" if spec else "pixel",
-            patch_size=patch_size,
+            patch_size=(patch_size, patch_size) if isinstance(patch_size, int) else patch_size,
             mean=mean,
             std=std,
             projection=spec.projection if spec else {},

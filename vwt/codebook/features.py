@@ -10,8 +10,7 @@ from tqdm import tqdm
 from vwt.datasets import Batch, ImageSource
 from vwt.errors import DataError
 from vwt.measure.timing import Stopwatch
-from vwt.models.families import embed
-from vwt.models.spec import PatchSpec, from_transformers
+from vwt.models.spec import PatchSpec, family_of
 from vwt.tokens.patches import Space, normalise, patchify
 
 _BATCH = 4  # images; larger ones are no faster, and leave holes in the heap that make memory grow
@@ -45,7 +44,7 @@ class FeatureStream:
         strict: bool,
         progress: bool,
     ) -> None:
-        self.source, self.model, self.spec, self.space = source, model, spec, space
+        self.source, self.family, self.spec, self.space = source, family_of(model), spec, space
         self.workers, self.strict, self.progress = workers, strict, progress
         self.skipped: dict[int, tuple[str, str]] = {}
         self.timed = Stopwatch()
@@ -88,12 +87,7 @@ class FeatureStream:
 
     def _project(self, images: Tensor) -> Tensor:
         """The patch projection's output (B, N, D) without position."""
-        if from_transformers(self.model):
-            from vwt.models.hf import tower_of
-
-            return tower_of(self.model).embed(images).project()
-        output, _ = embed(self.model.patch_embed, images)  # type: ignore[arg-type]
-        return output.flatten(1, -2)
+        return self.family.embed(images).project()
 
     def _note_skipped(self, batch: Batch) -> None:
         for index, name, reason in batch.skipped:

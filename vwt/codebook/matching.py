@@ -24,12 +24,10 @@ from vwt.errors import ArgumentError
 _BLOCK = 1 << 21
 
 
-# Of a cosine in float32: a patch that is a word is within a threshold of 0.
-_ROUNDING = 1e-6
-
-
-# What sums of float32 products may be off by; pairs this close are compared in float64.
-_SLACK = 1e-5
+# What a cosine in float32 may be off by, in whatever order a processor's library adds the products: one after another,
+# 800 of them were off by 2e-6. A patch that is a word is within a threshold of 0; pairs this close are compared in
+# float64.
+_ROUNDING = 1e-5
 
 
 # Principal directions of the sketches, which have two columns more: of short words, and of long ones in two steps.
@@ -110,7 +108,7 @@ class WordIndex(nn.Module):
             basis = principal_directions(directions, _FINE if self.long else _SHORT)
             coarse = _sketch_words(directions, basis[:, : _COARSE if self.long else _SHORT])
             rounded = coarse.to(torch.bfloat16) if _bfloat16_is_faster() else coarse
-            self.rounding = float((rounded.float() - coarse).norm(dim=1).max()) + _SLACK
+            self.rounding = float((rounded.float() - coarse).norm(dim=1).max()) + _ROUNDING
             self.register_buffer("basis", basis, persistent=False)
             self.register_buffer("coarse", rounded, persistent=False)
             if self.long:
@@ -155,7 +153,7 @@ class WordIndex(nn.Module):
             return self._match_all(patches, threshold)
         cosine = _dot(patches, owner, self.directions, word)
         best = _highest(cosine, owner, len(patches)).clamp_(min=least)
-        close = (cosine >= best[owner] - _SLACK).nonzero()[:, 0]
+        close = (cosine >= best[owner] - _ROUNDING).nonzero()[:, 0]
         return self._settle(patches, owner[close], word[close], cosine[close], least)
 
     def _rule_out(self, patches: Tensor, projected: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +170,7 @@ class WordIndex(nn.Module):
         every = torch.arange(len(patches), device=patches.device)
         promising = _ordered(bounds)[tile, :, every].argmax(1) + _TILE * tile
         known = (patches * self.directions[promising.clamp(max=len(self.directions) - 1)]).sum(1)
-        floor = known.clamp_(min=least).sub_(_SLACK)
+        floor = known.clamp_(min=least).sub_(_ROUNDING)
         low = _ordered((floor - slack).to(short.dtype))
         tile, owner = (tops >= low).nonzero(as_tuple=True)
         pair, word = (_ordered(bounds)[tile, :, owner] >= low[owner, None]).nonzero(as_tuple=True)
@@ -191,14 +189,14 @@ class WordIndex(nn.Module):
         if not bounds.numel():
             return owner, word
         known = _dot(patches, owners, self.directions, words[bounds.argmax(1)])
-        floor = torch.maximum(floor[owners], known) - _SLACK
+        floor = torch.maximum(floor[owners], known) - _ROUNDING
         row, column = (bounds >= floor[:, None]).nonzero(as_tuple=True)
         return owners[row], words[column]
 
     def _settle(self, patches: Tensor, owner: Tensor, word: Tensor, cosine: Tensor, least: float) -> Tensor:
         """The nearest word (M,) int64, or -1, of pairs that are all near enough and nearest but for rounding."""
         nearest = owner.new_full((len(patches),), -1).index_put_((owner,), word)
-        if ((nearest[owner] != word) | (cosine < least + _SLACK)).any():
+        if ((nearest[owner] != word) | (cosine < least + _ROUNDING)).any():
             # Some patch has two words as near, or one at just the threshold: float64 decides.
             cosine = _dot(patches, owner, self.directions, word, torch.float64)
             best = _highest(cosine, owner, len(patches))

@@ -37,6 +37,8 @@ def create_model(name: str, checkpoint: str | os.PathLike[str] | None = None, *,
             raise ModelError(f"timm {timm.__version__} has no model {name!r}; see timm.list_models()") from error
         if checkpoint is not None:
             raise ModelError(f"{checkpoint} holds no weights for {name}: {detail}") from error
+        if not weights:
+            raise ModelError(f"timm {timm.__version__} cannot make {name}: {detail}") from error
         raise ModelError(
             f"no pretrained weights for {name}: {detail} Give a file of weights (--checkpoint), or see that the hub "
             "is in reach"
