@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
 # Processes that tests run in, and the seed of `make test-random`.
@@ -10,7 +11,7 @@ JOBS ?= 2
 SEED := $(or $(SEED),$(shell date +%s))
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: setup demo test test-all test-random test-oldest lint types clean
+.PHONY: setup demo test test-all test-random test-oldest lint types docs clean
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with vwt and all that its tests need
 define install
@@ -60,5 +61,15 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# From nothing each time, so that every warning is seen. Nothing is fetched.
+docs: $(DOCS_READY)
+	rm -rf docs/_build docs/api
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 clean:
-	rm -rf $(VENV) $(OLDEST) demo
+	rm -rf $(VENV) $(OLDEST) demo docs/_build docs/api

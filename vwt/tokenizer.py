@@ -252,7 +252,7 @@ class VWTokenizer(nn.Module):
 
     def _merge_and_pack(self, embedded: Embedded, words: Words) -> Packed:
         size_exponent = getattr(self.strategy, "size_exponent", 0.0)
-        # Without schedule too: reductions are tried on what is packed here (see `vwt.calibration`).
+        # Without schedule too: reductions are tried on what is packed here (see `vwt.tuning.calibration`).
         sizes = words.sizes if size_exponent or words.kept is None else None
         return self.backbone.pack(embedded, words, sizes, size_exponent)
 

@@ -1,4 +1,4 @@
-"""The feature map: the script that draws it, and the worked example of the README."""
+"""The feature map: the script that draws it, and the worked example of the guide."""
 
 import re
 import runpy
@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "feature_maps.md"
 
 
 @pytest.fixture
@@ -70,19 +71,19 @@ def test_errors_are_one_line(small, tmp_path, monkeypatch, capsys, options, mess
     assert re.match(f"feature_map: .*{message}", err)
 
 
-def test_picture_of_the_readme(shared, tmp_path):
+def test_picture_of_the_guide(shared, tmp_path):
     """It is what the script draws of its own scene, and small."""
     picture = ROOT / "docs" / "feature_map.png"
     assert picture.stat().st_size < 150_000
-    assert "docs/feature_map.png" in (ROOT / "README.md").read_text()
+    assert "feature_map.png" in PAGE.read_text()
     checkpoint = shared / "models" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
     drawn = draw(["--checkpoint", str(checkpoint)], tmp_path / "map.png")
     kept = torch.from_numpy(np.array(Image.open(picture)))
     assert (drawn.int() - kept.int()).abs().float().mean() < 2
 
 
-def test_example_of_the_readme(vit_tiny, tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_example_of_the_guide(vit_tiny, tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (example,) = (block for block in blocks if "def segment" in block)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: vit_tiny)
     torch.manual_seed(0)

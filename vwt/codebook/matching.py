@@ -2,11 +2,11 @@
 
 A word matters only if it is within the threshold, and nearer than the best word known. So most pairs of a patch and a
 word are ruled out by an upper bound on their cosine. With patches p and words w of unit length, split in the first m
-principal directions of the words (p1, w1) and what is left (p2, w2),
+principal directions of the words (p1, w1) and what is left (p2, w2), ::
 
     cos = p1·w1 + p2·w2 <= p1·w1 + |p2| |w2|                                                   (Cauchy and Schwarz)
 
-is one matrix product of sketches (p1, |p2|) and (w1, |w2|), which are much shorter than the patches. The few pairs
+is one matrix product of sketches `(p1, |p2|)` and `(w1, |w2|)`, which are much shorter than the patches. The few pairs
 that are left are compared in full.
 """
 

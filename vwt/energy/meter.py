@@ -1,6 +1,6 @@
 """Joules, watts and seconds of a window, for each device, and where each figure comes from.
 
-Joules are measured (see `vwt.sensors`) or None; estimates are made only on request, and are labelled.
+Joules are measured (see `vwt.energy.sensors`) or None; estimates are made only on request, and are labelled.
 
 >>> meter = EnergyMeter(find_sensors())  # doctest: +SKIP
 >>> meter.begin()  # doctest: +SKIP
@@ -90,7 +90,7 @@ class EnergyMeter:
     """Measures windows, one after the other.
 
     Args:
-        sensors: see `find_sensors` and `estimator` of `vwt.sensors`.
+        sensors: see `find_sensors` and `estimator` of `vwt.energy.sensors`.
         clock: seconds.
 
     Attributes:

@@ -1,7 +1,7 @@
 """One adapter a family of models: where its embedding, blocks, norms, pooling and head are.
 
 Nothing of a model's forward pass is copied here. What an adapter says is checked against the model when that is wrapped
-(see `vwt.checking`).
+(see `vwt.models.checking`).
 """
 
 from collections.abc import Callable, Sequence

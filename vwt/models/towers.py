@@ -1,6 +1,7 @@
 """One adapter a family of Hugging Face transformers' vision towers; see `vwt.models.hf` for which there are.
 
-As in `vwt.families`, nothing of a forward pass is copied, and what an adapter says is checked when a model is wrapped.
+As in `vwt.models.families`, nothing of a forward pass is copied, and what an adapter says is checked when a model is
+wrapped.
 """
 
 from collections.abc import Callable, Mapping, Sequence

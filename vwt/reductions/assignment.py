@@ -1,6 +1,7 @@
-"""Which tokens become which inside a block, and how: the plans that `vwt.pruning` makes and carries out.
+"""Which tokens become which inside a block, and how: the plans that `vwt.reductions.reduction` makes and carries out.
 
-Shapes as in `vwt.pruning`: B images, n tokens of which the first P are prefix tokens and m = n - P are patches.
+Shapes as in `vwt.reductions.reduction`: B images, n tokens of which the first P are prefix tokens and m = n - P are
+patches.
 """
 
 from typing import Protocol

@@ -6,7 +6,7 @@ is the bipartite soft matching of "Token Merging" (Bolya et al., ICLR 2023, arXi
 a large count rather than a little in every block. Absorbing is our own; see `Absorb`.
 
 Shapes: B images, n tokens of which the first P are prefix tokens and m = n - P are patches (or words), H heads, C
-channels. All functions are dense; `vwt.backbones` calls them on a batch of equal lengths, or image by image.
+channels. All functions are dense; `vwt.models.backbone` calls them on a batch of equal lengths, or image by image.
 """
 
 from collections.abc import Mapping
