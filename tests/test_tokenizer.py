@@ -719,3 +719,11 @@ def test_what_removes_something_does_not_warn(small_vit, images, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         VWTokenizer(small_vit, STRATEGIES[name](small_vit), PruningSchedule(schedule))(images)
+
+
+def test_a_reduction_that_does_not_happen_is_warned_of():
+    """The head reads the class token: of the last block, only that goes through the MLP."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5).eval()
+    fast = VWTokenizer(model, schedule=PruningSchedule({1: Absorb(4)}))
+    with pytest.warns(UserWarning, match="removed none of the tokens"):
+        fast(torch.randn(1, 3, 64, 64))

@@ -241,7 +241,9 @@ class VWTokenizer(nn.Module):
         self._unwatched = False
         patches, depth = words.grid[0] * words.grid[1], self.backbone.depth
         idle = [] if self.strategy is None or min(words.lengths) < patches else [type(self.strategy).__name__]
-        if self.schedule and all(patches_entering(self.schedule, depth, n)[-1] == n for n in set(words.lengths)):
+        # Of a model whose head reads prefix tokens only, what the last block would reduce does not happen.
+        happens = {b: what for b, what in self.schedule.items() if b < depth - self.backbone.reads_prefix_only}
+        if self.schedule and all(patches_entering(happens, depth, n)[-1] == n for n in set(words.lengths)):
             idle.append(repr(self.schedule))
         for what in idle:
             warnings.warn(

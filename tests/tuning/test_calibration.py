@@ -311,3 +311,12 @@ def test_too_few_images_of_a_data_set(tmp_path):
         load_images(tmp_path / "images", make_model(), progress=False)
     with pytest.raises(DataError, match="no such folder or file"):
         load_images(tmp_path / "absent", make_model(), progress=False)
+
+
+def test_removal_from_images_of_another_size():
+    model = make_model(dynamic_img_size=True)
+    images = torch.nn.functional.interpolate(make_images(16), (80, 80))
+    found = make_calibration(model=model, images=images).removal(1, [26, 9], progress=False)
+    assert found[26] == 1  # nothing is removed
+    with pytest.raises(ArgumentError, match="expected some of 2 to 26"):
+        make_calibration(model=model, images=images).removal(1, [27], progress=False)

@@ -43,6 +43,13 @@ def test_it_makes_the_model_as_planned(chosen):
     assert torch.equal(fast(images), VWTokenizer(model, strategy, chosen.schedule)(images))
 
 
+def test_a_plan_of_other_threads_says_so():
+    machine = make_profile().machine
+    machine |= {"device": "cpu", "threads": machine["threads"] + 1}
+    with pytest.warns(UserWarning, match=rf"the plan was tuned with {machine['threads']} threads, here torch has "):
+        make_plan(machine=machine).apply(make_model())
+
+
 def test_a_plan_with_a_codebook(tmp_path):
     model, codebook = make_model(), codebook_of(make_images())
     codebook.save(tmp_path / "words.zarr")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reductions.test_reductions import make_model
-from vwt.errors import ArgumentError, DocumentError, MismatchError, ModelError
+from vwt.errors import ArgumentError, DocumentError, ImageError, MismatchError, ModelError
 from vwt.reductions.absorb import Absorb
 from vwt.reductions.kinds import KINDS
 from vwt.reductions.merge import Merge
@@ -270,9 +270,7 @@ def test_missing_and_unwritable(tmp_path):
         make_profile().save(tmp_path / "absent" / "profile.json")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("cpu", "Abacus 3"), ("threads", 99), ("torch", "0.1"), ("device", "Some GPU")]
-)
+@pytest.mark.parametrize(("name", "value"), [("cpu", "Abacus 3"), ("torch", "0.1"), ("device", "Some GPU")])
 def test_what_was_measured_elsewhere_says_so(tmp_path, name, value):
     profile = make_profile()
     profile = replace(profile, machine={**profile.machine, name: value})
@@ -359,3 +357,36 @@ def test_a_model_that_is_not_supported():
 
 def test_figures_are_finite(measured):
     assert all(math.isfinite(measured.predict(reductions)) for reductions in REDUCED)
+
+
+# -- images of another size, and threads -------------------------------------------------------------------------------
+
+
+def test_a_profile_of_images_of_another_size():
+    model = make_model(dynamic_img_size=True)
+    profile = LatencyProfile.measure(model, points=2, runs=1, image_size=(80, 48), progress=False)
+    assert (profile.patches, profile.counts) == (15, [2, 16])
+    profile.check(model, image_size=(80, 48))
+    with pytest.raises(MismatchError, match="measured with patches 15, here it is 16"):
+        profile.check(model)
+
+
+def test_a_size_that_the_model_does_not_take():
+    with pytest.raises(ImageError, match="images are 80x48, the model takes 64x64"):
+        LatencyProfile.measure(make_model(), points=2, runs=1, image_size=(80, 48), progress=False)
+
+
+def test_other_threads_than_were_measured():
+    profile = make_profile()
+    machine = profile.machine | {"threads": profile.machine["threads"] + 1, "device": "cpu"}
+    with pytest.warns(UserWarning, match=rf"measured with {machine['threads']} threads, here torch has "):
+        replace(profile, machine=machine).check(make_model())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        profile.check(make_model())
+
+
+def test_what_does_not_happen_is_not_effective():
+    reductions = {1: Absorb(2), 3: Absorb(2)}
+    assert make_profile().effective(reductions) == {1: Absorb(2)}
+    assert make_profile(reads_prefix_only=False).effective(reductions) == reductions

@@ -328,6 +328,11 @@ def test_pruning_down_to_a_count():
     assert down_to(make_profile(), 2, 3) == {2: Prune(14)}
 
 
+def test_a_table_says_what_does_not_happen():
+    rows = PruningSchedule({3: Absorb(3)}).table(make_profile()).splitlines()
+    assert rows[4].split() == ["3", "17", "Absorb(3),", "without", "effect"]
+
+
 def test_a_table():
     profile = make_profile()
     schedule = PruningSchedule({0: Absorb(3), 2: 0.5})

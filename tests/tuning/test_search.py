@@ -1,14 +1,15 @@
 import math
 
 import pytest
+import torch
 
 from tests.reductions.test_reductions import make_model
 from tests.tuning.test_calibration import make_images
 from tests.tuning.test_profile import REDUCTIONS, make_profile
 from vwt import Absorb, IntraImage, Neighbours, Prune, PruningSchedule, VWTokenizer
-from vwt.errors import ArgumentError
+from vwt.errors import ArgumentError, MismatchError
+from vwt.measure import timing
 from vwt.reductions.reduction import patches_entering
-from vwt.tuning import calibration
 from vwt.tuning.calibration import Calibration
 from vwt.tuning.search import BLOCKS, SHARES, Candidate, Option, Search
 
@@ -121,13 +122,24 @@ def test_the_same_twice():
     assert outcomes[0] == outcomes[1]
 
 
-def test_the_last_mlp_alone_is_tried_first():
-    """Where it is enough that only the class token goes through the last MLP, nothing else is done."""
+def test_nothing_is_asked_of_a_block_in_which_it_does_not_happen():
+    """The head reads the class token: a reduction in the last block would change nothing."""
     search = make_search(strategies=())
-    outcome = search.best(search.profile.predict() - 1, 4, 2)
-    assert dict(outcome.candidate.blocks) == {3: Absorb(1)}
-    assert outcome.kl < 1e-6
-    assert outcome.agreement == 1
+    limit = search.profile.predict() - 1
+    assert {block for start in search._starts(limit) for block in start.blocks} == {0, 1, 2}
+    assert max(search.best(limit, 4, 2).candidate.blocks) < 3
+
+
+def test_trials_are_counted_with_and_without_progress_bars(search, monkeypatch):
+    """Each neighbour seems better than the last: only the number of trials ends the search."""
+    tried = {}
+    for progress in (True, False):
+        own = tried.setdefault(progress, [])
+        monkeypatch.setattr(search, "progress", progress)
+        monkeypatch.setattr(Search, "kl", lambda self, candidate, own=own: own.append(candidate) or -len(set(own)))
+        search.best(0.7 * search.profile.predict(), 8, 3)
+    assert tried[True] == tried[False]
+    assert len({candidate for candidate in tried[True] if candidate.reductions}) <= 8
 
 
 def test_shares_where_images_differ(search):
@@ -146,7 +158,6 @@ def test_a_guess_adds_what_each_changes_alone(search):
     both = search.guess(Candidate("", one + other))
     assert alone[0] < both
     assert search.guess(Candidate("drop", ())) == search.kl(Candidate("drop", ()))
-    assert search.guess(Candidate("", ((3, Absorb(4)),))) == 0  # the last block
 
 
 @pytest.mark.parametrize("block", range(3))
@@ -154,7 +165,7 @@ def test_what_each_block_harms_alone_is_what_was_measured(search, block):
     counts = [int(share * 16) for share in SHARES]
     measured = [search.kl(Candidate("", ((block, Absorb(count)),))) for count in counts]
     assert counts == [1, 4, 9]
-    assert search.damage[block] == pytest.approx([math.log(kl) for kl in measured])
+    assert search.log_kl[block] == pytest.approx([math.log(kl) for kl in measured])
     # Of few patches, a count is hardly the share that it stands for: what is guessed is a little off.
     guesses = [search.guess(Candidate("", ((block, Absorb(count)),))) for count in counts[1:]]
     assert guesses == pytest.approx(measured[1:], rel=0.5)
@@ -163,7 +174,7 @@ def test_what_each_block_harms_alone_is_what_was_measured(search, block):
 def test_a_guess_at_a_share_is_what_was_measured():
     """Between shares and beyond them it follows the lines through their logarithms, and never falls."""
     search = make_search(profile=make_profile(reductions=FREE, depth=4), strategies=())
-    search.damage[1] = [math.log(kl) for kl in (0.01, 0.09, 0.02)]
+    search.log_kl[1] = [math.log(kl) for kl in (0.01, 0.09, 0.02)]
     at = [search.guess(Candidate("", ((1, Absorb(share)),))) for share in (0.125, 0.25, 0.3125, 0.625, 0.875)]
     slope = math.log(9) / math.log(0.3 / 0.12)
     expected = [0.01 * (share / 0.12) ** slope for share in (0.125, 0.25)] + [0.09] * 3
@@ -173,8 +184,8 @@ def test_a_guess_at_a_share_is_what_was_measured():
 def test_blocks_that_harm_least_for_what_they_spare_are_combined(search):
     profile = search.profile
     assert list(search.blocks) == [0, 1, 2]  # in the last one nothing changes
-    assert set(search.damage) == set(search.blocks)
-    harm = [math.exp(search.damage[block][1]) / (profile.depth - block) ** 2 for block in search.candidate_blocks]
+    assert set(search.log_kl) == set(search.blocks)
+    harm = [math.exp(search.log_kl[block][1]) / (profile.depth - block) ** 2 for block in search.candidate_blocks]
     assert harm == sorted(harm)
     assert len(search.candidate_blocks) == min(BLOCKS, 3)
     whole = make_search(strategies=(), profile=make_profile(reductions=FREE, reads_prefix_only=False))
@@ -201,7 +212,7 @@ def test_a_schedule_for_a_budget(pool, monkeypatch):
     def as_predicted(model, reduced, *options, **others):
         return [(0.0, profile.predict(fast.schedule) / profile.predict()) for fast in (VWTokenizer(model), *reduced)]
 
-    monkeypatch.setattr(calibration, "measure_latency", as_predicted)
+    monkeypatch.setattr(timing, "measure_latency", as_predicted)
     schedule = PruningSchedule.for_budget(profile, model, make_images(16), ratio=0.7, progress=False)
     assert schedule
     assert profile.predict(schedule) <= 0.7 * profile.predict()
@@ -212,6 +223,20 @@ def test_a_schedule_for_a_budget(pool, monkeypatch):
     single = Calibration(model, make_images(16), progress=False)
     paper = next(r for r in ({1: Prune(n)} for n in range(1, 15)) if profile.predict(r) <= milliseconds)
     assert single.evaluate(schedule).mean_kl <= single.evaluate(paper).mean_kl
+
+
+def test_too_few_images_for_a_batch_are_noticed_before_the_search(monkeypatch):
+    monkeypatch.setattr(Calibration, "evaluate", None)
+    with pytest.raises(ArgumentError, match="16 images do not fill a batch of 17; give more"):
+        PruningSchedule.for_budget(
+            make_profile(batch_size=17), make_model(), make_images(16), ratio=0.7, progress=False
+        )
+
+
+def test_images_of_another_size_than_the_profile_s():
+    model = make_model(dynamic_img_size=True)
+    with pytest.raises(MismatchError, match="measured with patches 16, here it is 25"):
+        PruningSchedule.for_budget(make_profile(), model, torch.zeros(16, 3, 80, 80), ratio=0.7)
 
 
 @pytest.mark.parametrize("budget", [{"ratio": 1.0}, {"ratio": 3.0}, {"milliseconds": 10.0**6}])

@@ -8,14 +8,14 @@ from tests.reductions.test_reductions import make_model
 from tests.test_datasets import write_images
 from tests.tuning.test_calibration import codebook_of, make_images
 from tests.tuning.test_profile import make_profile
-from vwt import Plan, PruningSchedule, tune
+from vwt import Neighbours, Plan, PruningSchedule, tune
 from vwt.errors import ArgumentError, ImageError
 from vwt.tuning import tune as tuning
 from vwt.tuning.calibration import Calibration, compare
 from vwt.tuning.notes import read_notes
-from vwt.tuning.plan import Point
+from vwt.tuning.plan import Point, pareto_front
 from vwt.tuning.profile import LatencyProfile
-from vwt.tuning.tune import _choose, _pareto
+from vwt.tuning.tune import _choose
 
 IMAGES = make_images(20)
 
@@ -110,7 +110,7 @@ def test_a_budget_of_the_model_itself():
 
 def test_what_is_measured_and_for_which_batch(small):
     plan = run(ratio=0.7, batch_size=4, seed=5)
-    assert small == [(4, {"seed": 5, "progress": False})]
+    assert small == [(4, {"image_size": (64, 64), "seed": 5, "progress": False})]
     assert plan.batch_size == 4
     check_plan(plan)
 
@@ -123,13 +123,44 @@ def test_words_are_tried_where_there_is_a_codebook(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_plan(run(ratio=0.8, codebooks=["words.zarr"]))
     assert [name.split("(")[0] for name in tried] == ["Neighbours", "Neighbours", "InterImage"]
-    made = tuning._strategies(["words.zarr"])
+    made = tuning._strategies(["words.zarr"], (4, 4))
     assert [how["codebook"] for how in made.values() if "codebook" in how] == [str(tmp_path.resolve() / "words.zarr")]
 
 
 def test_images_of_a_folder(tmp_path):
     plan = run(write_images(tmp_path / "images", 16), ratio=0.8)
     assert plan.chosen.ratio <= 0.8 * tuning.SLACK
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 5), (7, 7), (14, 14)])
+def test_every_strategy_that_is_tried_fits_the_grid(grid, monkeypatch):
+    drops = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)
+    monkeypatch.setattr(tuning, "DROPS", drops)
+    made = tuning._strategies([], grid).values()
+    features = torch.randn(1, grid[0] * grid[1], 8)
+    for how in made:
+        assert Neighbours(how["drop"])(features, grid).counts[0] < features.shape[1]
+    for drop in set(drops) - {how["drop"] for how in made}:
+        with pytest.raises(ArgumentError, match="drop fewer"):
+            Neighbours(drop)(features, grid)
+
+
+@pytest.mark.parametrize("side", [48, 80])
+def test_images_of_another_size_are_profiled_and_searched(side, monkeypatch):
+    measured = []
+
+    def measure(model, batch_size=1, *, image_size, **options):
+        measured.append(image_size)
+        patches = (side // 16) ** 2
+        counts = [2, 5, patches + 1]
+        linear = {name: [float(n) for n in counts] for name in ("block", "attention", "counting")}
+        return make_profile(patches=patches, counts=counts, **linear)
+
+    monkeypatch.setattr(LatencyProfile, "measure", measure)
+    model = make_model(dynamic_img_size=True)
+    images = torch.nn.functional.interpolate(IMAGES, (side, side))
+    assert run(images, model, ratio=0.9).chosen is not None
+    assert measured == [(side, side)]
 
 
 # -- goals -------------------------------------------------------------------------------------------------------------
@@ -264,6 +295,17 @@ def test_notes_of_something_else_are_not_used(tmp_path, monkeypatch, small, name
     assert plan == run(ratio=0.7, **options)
 
 
+def test_notes_of_other_code_are_not_used(tmp_path, monkeypatch, small):
+    notes = tmp_path / "notes"
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8)
+        with pytest.raises(KeyboardInterrupt):
+            run(ratio=0.7, notes=notes)
+    monkeypatch.setattr("vwt.tuning.notes._source_checksum", lambda: "another version of vwt")
+    run(ratio=0.7, notes=notes)
+    assert len(small) == 2
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"of": 3}', '{"of": "x", "profile": {}, "measured": {}}'])
 def test_damaged_notes_are_not_used(tmp_path, small, text):
     (tmp_path / "notes").write_text(text)
@@ -321,4 +363,4 @@ def test_the_least_change_within_a_budget_or_the_fastest_that_agrees(goal, chose
 
 def test_points_that_no_other_beats():
     worse = [point(90, 0.02), point(71, 0.05), point(101, 0.0)]
-    assert [p.milliseconds for p in _pareto(FRONT + worse)] == [100, 82, 80, 70, 60]
+    assert [p.milliseconds for p in pareto_front(FRONT + worse)] == [100, 82, 80, 70, 60]

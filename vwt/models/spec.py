@@ -1,11 +1,12 @@
 """What a model says of itself: its family, and how it cuts and sees patches."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vwt.errors import ModelError
 from vwt.models.families import FAMILIES, Family
@@ -106,12 +107,18 @@ def projection_checksums(patch_embed: nn.Module) -> dict[str, str]:
     lower = (torch.float16, torch.bfloat16) if own not in (torch.float16, torch.bfloat16) else ()
     checksums = {}
     for dtype in (own, *lower):
-        digest = hashlib.sha256()
-        for name, tensor in state:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        checksums[str(dtype).removeprefix("torch.")] = digest.hexdigest()
+        cast = {name: tensor.detach().cpu().to(dtype) for name, tensor in state}
+        checksums[str(dtype).removeprefix("torch.")] = weights_checksum(cast)
     return checksums
+
+
+def weights_checksum(state: Mapping[str, Tensor]) -> str:
+    """sha256 of the names and bytes of tensors, in the order of the mapping."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def family_of(model: Any) -> Family:

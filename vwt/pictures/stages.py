@@ -63,8 +63,11 @@ def stages(fast: VWTokenizer, image: Tensor) -> list[Stage]:
     packed, words = fast.pack(normalise(image[None].to(weight.device), spec.mean, spec.std).to(weight.dtype))
     gone = _stood_for(words)
     found = [Stage(f"enter the blocks: {prefix + int(words.counts[0])} tokens", words, gone)]
-    _, steps = fast.backbone.run(fast.backbone.pre_norm(packed), fast.schedule)
-    for (block, reduction), step in zip(fast.schedule.items(), steps, strict=True):
+    # Of a model whose head reads prefix tokens only, what the last block would reduce does not happen.
+    last = fast.backbone.depth - fast.backbone.reads_prefix_only
+    happens = {block: reduction for block, reduction in fast.schedule.items() if block < last}
+    _, steps = fast.backbone.run(fast.backbone.pre_norm(packed), happens)
+    for (block, reduction), step in zip(happens.items(), steps, strict=True):
         words, (plan,) = follow(words, [step]), step.plans
         if isinstance(plan, PrunePlan) and plan.dropped.shape[1] > 1:
             gone = gone | (words.group[0] == step.counts[0] - 1)

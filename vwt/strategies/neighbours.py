@@ -74,9 +74,16 @@ class Neighbours(nn.Module):
         drop = self._dropped if self.threshold is None else self._dropped_within
         return drop(best, side, board, grid)
 
+    def can_drop(self, grid: tuple[int, int]) -> bool:
+        """Whether so many patches of a grid can go; with a threshold, always."""
+        return self._count(grid[0] * grid[1]) <= self._board(grid, torch.device("cpu")).most
+
+    def _count(self, patches: int) -> int:
+        return int(patches * (self.drop or 0.0) + 1e-9)
+
     def _dropped(self, best: Tensor, side: Tensor, board: "_Checkerboard", grid: tuple[int, int]) -> Words:
         """Drop as many patches of each image, the most alike of the colour that is more alike altogether."""
-        count = int(best.shape[1] * (self.drop or 0.0) + 1e-9)
+        count = self._count(best.shape[1])
         if count > board.most:
             raise ArgumentError(
                 f"{self} drops {count} of {best.shape[1]} patches; {board.most} can go here; drop fewer"

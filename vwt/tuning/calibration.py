@@ -221,7 +221,8 @@ class Calibration:
         """
         if not 0 <= block < self.backbone.depth:
             raise ArgumentError(f"block is {block}; expected an index from 0 to {self.backbone.depth - 1}")
-        prefix, most = self.backbone.prefix, self.backbone.prefix + self.backbone.patches
+        rows, columns = self.backbone.family.grid(self.images.shape[-2:])
+        prefix, most = self.backbone.prefix, self.backbone.prefix + rows * columns
         if self.fast.strategy is not None or not counts or not all(prefix < count <= most for count in counts):
             raise ArgumentError(
                 f"counts are {list(counts)}; expected some of {prefix + 1} to {most}, without a strategy"

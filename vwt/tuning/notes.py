@@ -1,5 +1,6 @@
 """What an interrupted `tune` leaves behind, and goes on with."""
 
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vwt.codebook.codebook import Codebook
 from vwt.documents import write_json
 from vwt.errors import DocumentError
+from vwt.models.spec import weights_checksum
 from vwt.tuning.profile import LatencyProfile
 
 
@@ -31,8 +33,7 @@ class _Notes(dict[str, float]):
         super().__init__()
         self.path = None if path is None else Path(path)
         digest = hashlib.sha256(images.detach().float().cpu().numpy().tobytes())
-        for weight in model.parameters():  # of which a checksum would take long; their sums tell checkpoints apart
-            digest.update(f"{tuple(weight.shape)} {float(weight.detach().double().sum())!r}".encode())
+        digest.update(f"{_source_checksum()} {weights_checksum(model.state_dict())}".encode())
         for codebook in codebooks:  # which may have been built again at the same place
             digest.update(Codebook.load(codebook).words.numpy().tobytes())
         digest.update(json.dumps([LatencyProfile.identify(model), batch_size, seed, len(images)], default=str).encode())
@@ -64,6 +65,16 @@ class _Notes(dict[str, float]):
         """All is done."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+@functools.cache
+def _source_checksum() -> str:
+    """sha256 of vwt's own source: what other code measured does not count."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()} ".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def read_notes(path: Path) -> tuple[str, dict[str, float], LatencyProfile] | None:

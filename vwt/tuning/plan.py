@@ -1,7 +1,8 @@
 """Plan: a strategy and a schedule for a model on a device, with what they cost and change."""
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from vwt.strategies.inter_image import InterImage
 from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
-from vwt.tuning.profile import LatencyProfile
+from vwt.tuning.profile import LatencyProfile, other_threads
 from vwt.tuning.schedule import PruningSchedule
 
 VERSION = 1
@@ -66,6 +67,15 @@ class Point:
         return f"{figures}  {name}"
 
 
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in both latency and KL, the slowest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.milliseconds, point.kl)):
+        if not front or point.kl < front[-1].kl:
+            front.append(point)
+    return front[::-1]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `tune` chose for a model on a device.
@@ -93,7 +103,8 @@ class Plan:
 
         Args:
             model: the one that was tuned.
-            force: also for another model, dtype or device, where the figures do not hold.
+            force: also for another model, dtype or device, where the figures do not hold. Of another number of threads
+                it only warns.
 
         Raises:
             MismatchError: for another model, dtype, device or codebook.
@@ -104,6 +115,8 @@ class Plan:
         others = [f"{name} {there[name]!r}, here {here[name]!r}" for name in here if here[name] != there[name]]
         if others and not force:
             raise MismatchError(f"the plan was tuned for {'; '.join(others)}; tune again, or apply it with force")
+        if threads := other_threads(self.machine):
+            warnings.warn(f"the plan was tuned with {threads}; its latency holds for those", stacklevel=2)
         return VWTokenizer(model, make_strategy(self.chosen.strategy), self.chosen.schedule)
 
     def __str__(self) -> str:

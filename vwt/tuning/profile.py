@@ -57,7 +57,7 @@ class LatencyProfile:
         model: the model's name.
         depth: its blocks.
         prefix: its prefix tokens.
-        patches: patches of an image.
+        patches: of an image of the size that was measured.
         reads_prefix_only: whether the head does; then only prefix tokens go through the last MLP of a reduced model.
         batch_size: images.
         dtype: of the weights, "float32".
@@ -99,6 +99,7 @@ class LatencyProfile:
         *,
         points: int = POINTS,
         runs: int = RUNS,
+        image_size: tuple[int, int] | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> "LatencyProfile":
@@ -110,18 +111,20 @@ class LatencyProfile:
             device: where; by default where the model is.
             points: token counts, from few to all.
             runs: of each part.
+            image_size: (height, width) of the images, for a model that takes others than those that it was made for.
             seed: of the order, and of the schedules that predictions are checked on.
             progress: show a progress bar.
 
         Raises:
             ModelError: if the model is not supported.
+            ImageError: for a size that the model does not take.
             ArgumentError: if a number is too small, there is no such device, or the model is one of images and text, of
                 which its vision tower is measured.
         """
         for name, value, least in (("batch_size", batch_size, 1), ("points", points, 2), ("runs", runs, 1)):
             if value < least:
                 raise ArgumentError(f"{name} is {value}; expected at least {least}")
-        parts = _Parts(_on_device(model, device), batch_size, points, seed)
+        parts = _Parts(_on_device(model, device), batch_size, points, image_size, seed)
         calls = parts.calls()
         with torch.inference_mode():
             seconds = interleave(
@@ -144,7 +147,7 @@ class LatencyProfile:
                 Without both, it is the model itself.
         """
         last = self.depth - 1 if self.reads_prefix_only and (reductions or patches is not None) else None
-        reductions = {block: what for block, what in reductions.items() if block != last}
+        reductions = self.effective(reductions)
         entering = patches_entering(reductions, self.depth, self.patches if patches is None else patches)
         total, merged = self.embed + self.head + self._reducing(reductions, entering), False
         whole, attention, counting = (self._tables[name] for name in ("block", "attention", "counting"))
@@ -156,6 +159,11 @@ class LatencyProfile:
                 total += counting[count] - whole[count]
             merged = merged or isinstance(reductions.get(block), Merge | Absorb)
         return total
+
+    def effective(self, reductions: Mapping[int, Reduction]) -> dict[int, Reduction]:
+        """The reductions that happen: none in the last block where the head reads prefix tokens only."""
+        blocks = self.depth - 1 if self.reads_prefix_only else self.depth
+        return {block: what for block, what in reductions.items() if block < blocks}
 
     def _reducing(self, reductions: Mapping[int, Reduction], entering: Sequence[int]) -> float:
         weights = (self.reductions[name] for name in ("first", *KINDS))
@@ -176,16 +184,25 @@ class LatencyProfile:
         steps = zip(slopes[:-1], slopes[1:], self.counts[1:-1], strict=True)
         return [count for below, above, count in steps if above - below > 0.5 * max(abs(below), typical)]
 
-    def check(self, model: nn.Module, batch_size: int | None = None) -> None:
-        """Raise MismatchError unless it was measured on a model like this one."""
+    def check(self, model: nn.Module, batch_size: int | None = None, image_size: tuple[int, int] | None = None) -> None:
+        """Raise MismatchError unless it was measured on a model like this one; warn where it had other threads.
+
+        Args:
+            model: as it will be used.
+            batch_size: images at a time; by default as many as were measured.
+            image_size: (height, width); by default what the model was made for.
+        """
         backbone = Backbone(model)
-        here = _identity(backbone) | {"batch_size": self.batch_size if batch_size is None else batch_size}
+        here = _identity(backbone, image_size)
+        here["batch_size"] = self.batch_size if batch_size is None else batch_size
         for name, value in here.items():
             if getattr(self, name) != value:
                 raise MismatchError(
                     f"the profile was measured with {name} {getattr(self, name)!r}, here it is {value!r}; "
                     "measure this model as it is used (LatencyProfile.measure, vwt profile)"
                 )
+        if others := other_threads(self.machine):
+            warnings.warn(f"the profile was measured with {others}; measure again with these", stacklevel=2)
 
     @staticmethod
     def identify(model: nn.Module) -> dict[str, Any]:
@@ -212,14 +229,14 @@ class LatencyProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LatencyProfile":
-        """Read what `save` wrote; warns where it was measured on another machine, or with other versions or threads.
+        """Read what `save` wrote; warns where it was measured on another machine, or with other versions.
 
         Raises:
             DocumentError: if the file is missing, cut short, or no profile.
         """
         own = load_document(path, "profile", VERSION, [field.name for field in fields(cls)])
         profile = cls.from_fields(own, str(path))
-        if others := profile.elsewhere():
+        if others := [what for what in profile.elsewhere() if not what.startswith("threads ")]:
             warnings.warn(f"the profile {path} was measured elsewhere: {'; '.join(others)}", stacklevel=2)
         return profile
 
@@ -270,14 +287,19 @@ class LatencyProfile:
 class _Parts:
     """What is timed for a profile, and how the times make it."""
 
-    def __init__(self, model: nn.Module, batch_size: int, points: int, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, batch_size: int, points: int, image_size: tuple[int, int] | None, seed: int
+    ) -> None:
         self.backbone, self.batch_size = Backbone(model), batch_size
         check_parts(self.backbone)
         self.backbone.check_alone()
         weight = next(model.parameters())
         self.device = weight.device
         generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(batch_size, *self.backbone.input_shape, generator=generator).to(weight)
+        channels, *size = self.backbone.input_shape
+        self.image_size = (size[0], size[1]) if image_size is None else image_size
+        self.images = torch.randn(batch_size, channels, *self.image_size, generator=generator).to(weight)
+        self.backbone.check(self.images)
         with torch.inference_mode():
             self.everything, self.words = self.backbone.pack_all(self.images)
         prefix, total = self.backbone.prefix, self.everything.lengths[0]
@@ -324,7 +346,7 @@ class _Parts:
             [ms[name, count] / depth for count in counts] for name in ("block", "attention", "counting")
         )
         profile = cls(
-            **_identity(self.backbone),
+            **_identity(self.backbone, self.image_size),
             batch_size=self.batch_size,
             machine=_machine(self.device),
             counts=counts,
@@ -381,16 +403,24 @@ def _random_schedules(depth: int, patches: int, seed: int) -> list[dict[int, Red
     return schedules
 
 
-def _identity(backbone: Backbone) -> dict[str, Any]:
-    """What a profile has in common with the models that it serves."""
+def _identity(backbone: Backbone, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What a profile has in common with the models that it serves, on images of a size."""
+    rows, columns = backbone.family.grid(backbone.input_shape[1:] if image_size is None else image_size)
     return {
         "model": PatchSpec.of(backbone.family.model).model,
         "depth": backbone.depth,
         "prefix": backbone.prefix,
-        "patches": backbone.patches,
+        "patches": rows * columns,
         "reads_prefix_only": backbone.reads_prefix_only,
         "dtype": str(next(backbone.family.model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def other_threads(machine: Mapping[str, Any]) -> str:
+    """What differs in threads between here and a machine of a profile or plan, on a CPU; nothing if nothing does."""
+    there, here = machine.get("threads"), torch.get_num_threads()
+    differ = machine.get("device") == "cpu" and there is not None and there != here
+    return f"{there} threads, here torch has {here} (torch.set_num_threads, --threads)" if differ else ""
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

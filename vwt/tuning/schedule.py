@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vwt.datasets import ImageSource
 from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError
+from vwt.models.backbone import Backbone
 from vwt.reductions.kinds import KINDS
 from vwt.reductions.prune import Prune
 from vwt.reductions.reduction import Reduction, patches_entering
@@ -20,7 +22,7 @@ VERSION = 1
 RETRY_TRIES = 8  # candidates that are tried when a search is put right
 
 
-KEPT = (0.97, 1.01)  # of a budget: measured latency that is taken to use and to keep it
+WITHIN_BUDGET = (0.97, 1.01)  # measured latency over the budget, for a search to end: it uses the budget, and keeps it
 
 
 class PruningSchedule(Mapping[int, Reduction]):
@@ -147,7 +149,7 @@ class PruningSchedule(Mapping[int, Reduction]):
         # They need the tokenizer, which needs schedules.
         from vwt.measure.timing import measure_latency
         from vwt.tokenizer import VWTokenizer
-        from vwt.tuning.calibration import Calibration, load_images
+        from vwt.tuning.calibration import ENOUGH, Calibration, load_images
         from vwt.tuning.search import SCREENING_IMAGES, TRIES, Option, Search
 
         if (milliseconds is None) == (ratio is None):
@@ -155,11 +157,16 @@ class PruningSchedule(Mapping[int, Reduction]):
         limit = milliseconds if ratio is None else ratio * profile.predict()
         if limit is None or not 0 < limit < math.inf:
             raise ArgumentError(f"the budget is {limit} ms; expected a positive number")
-        profile.check(model)
+        shape = images.shape if isinstance(images, Tensor) else ImageSource(os.fspath(images), model).input_size
+        height, width = shape[-2:]
+        Backbone(model).family.check_size((height, width))
+        profile.check(model, image_size=(height, width))
         if limit >= profile.predict():
             return cls({})
         if not isinstance(images, Tensor):
-            images = load_images(images, model, seed=seed, progress=progress)
+            images = load_images(images, model, max(ENOUGH, profile.batch_size), seed=seed, progress=progress)
+        if len(images) < profile.batch_size:  # before the search
+            raise ArgumentError(f"{len(images)} images do not fill a batch of {profile.batch_size}; give more")
         calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
         search = Search(profile, {"": Option(calibration)}, progress=progress)
         share = limit / profile.predict()
@@ -169,18 +176,21 @@ class PruningSchedule(Mapping[int, Reduction]):
             fast = VWTokenizer(model, schedule=schedule, check=False)  # as it was by the calibration
             _, (_, ratio) = measure_latency(model, [fast], images, profile.batch_size, seed=seed, progress=progress)
             found.append((ratio, schedule))
-            if KEPT[0] * share <= ratio <= KEPT[1] * share:
+            if WITHIN_BUDGET[0] * share <= ratio <= WITHIN_BUDGET[1] * share:
                 break
             limit = max(limit * share / ratio, search.least())
-        return min(found, key=lambda each: (each[0] > KEPT[1] * share, abs(each[0] - share)))[1]
+        return min(found, key=lambda each: (each[0] > WITHIN_BUDGET[1] * share, abs(each[0] - share)))[1]
 
     def table(self, profile: LatencyProfile) -> str:
         """Tokens that enter each block, what it removes, and predicted milliseconds, as a table of text."""
-        entering = patches_entering(self, profile.depth, profile.patches)
+        happens = profile.effective(self)
+        entering = patches_entering(happens, profile.depth, profile.patches)
         lines = [f"{'block':>5}  {'tokens':>6}  reduction"]
         for block, count in enumerate(entering[:-1]):
-            what = self.get(block)
-            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {'' if what is None else repr(what)}".rstrip())
+            what = (
+                "" if block not in self else repr(self[block]) if block in happens else f"{self[block]}, without effect"
+            )
+            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {what}".rstrip())
         full, own = profile.predict(), profile.predict(self)
         lines.append(f"predicted {own:.2f} ms of {full:.2f} ms ({own / full:.3f}) for a batch of {profile.batch_size}")
         return "\n".join(lines)

@@ -34,7 +34,7 @@ SHARES = (0.12, 0.3, 0.6)  # that each reduction is tried with alone
 GRID = (0.08, 0.16, 0.26, 0.38, 0.5)  # shares that one of two reductions removes
 
 
-BLOCKS = 7  # that are combined: those in which reductions harm least
+BLOCKS = 7  # that are combined: those in which reductions change the answer least for the blocks that they spare
 
 
 NO_CHANGE = 1e-6  # nats below which answers are taken to be the same
@@ -114,10 +114,10 @@ class Search:
         self.profile, self.options, self.progress = profile, options, progress
         self.measured: dict[str, float] = {} if measured is None else measured
         self.blocks = range(self.last + 1)
-        self.damage = self._measure_damage()
-        # Late blocks harm least because least is gained there: what counts is harm over the blocks that are spared.
-        harm = {block: self.damage[block][1] - 2 * math.log(profile.depth - block) for block in self.blocks}
-        self.candidate_blocks = sorted(self.blocks, key=harm.__getitem__)[:BLOCKS]
+        self.log_kl = self._measure_single_reductions()
+        # Late blocks change least because least is gained there: what counts is KL over the square of the blocks spared.
+        cost = {block: self.log_kl[block][1] - 2 * math.log(profile.depth - block) for block in self.blocks}
+        self.candidate_blocks = sorted(self.blocks, key=cost.__getitem__)[:BLOCKS]
 
     @property
     def last(self) -> int:
@@ -147,7 +147,7 @@ class Search:
                 self.kl(start)
                 bar.update()
             best = min(pool, key=self.kl)
-            while bar.n < tries and (better := self._improve(best, limit, pool, tries, bar)) != best:
+            while len(pool) < tries and (better := self._improve(best, limit, pool, tries, bar)) != best:
                 best = better
             outcomes = []
             for finalist in sorted(pool, key=self.kl)[:finalists]:
@@ -195,24 +195,22 @@ class Search:
 
     # -- what each does alone ----------------------------------------------------------------------------------------
 
-    def _measure_damage(self) -> dict[int, list[float]]:
+    def _measure_single_reductions(self) -> dict[int, list[float]]:
         """By block: logarithms of the KL when each of SHARES is removed there."""
-        everything, damage = self.options[""], {}
+        everything, log_kl = self.options[""], {}
         for block in tqdm(self.blocks, desc="single reductions", unit="block", disable=not self.progress):
             counts = [max(1, int(share * everything.patches)) for share in SHARES]
             made = [self._reduction(everything, count, everything.patches) for count in counts]
-            damage[block] = [math.log(max(self.kl(Candidate("", ((block, what),))), NO_CHANGE)) for what in made]
-        return damage
+            log_kl[block] = [math.log(max(self.kl(Candidate("", ((block, what),))), NO_CHANGE)) for what in made]
+        return log_kl
 
     def guess(self, candidate: Candidate) -> float:
         """KL, as if each changed what it changes alone."""
         total = self.kl(Candidate(candidate.option, ())) if candidate.option else 0.0
         entering = self._entering(candidate)
         for block, reduction in candidate.reductions:
-            if block > self.last:
-                continue
             share = math.log(max(1, reduction.removed(entering[block])) / entering[block])
-            shares, kls = [math.log(share) for share in SHARES], self.damage[block]
+            shares, kls = [math.log(share) for share in SHARES], self.log_kl[block]
             low = 0 if share < shares[1] else 1
             slope = (kls[low + 1] - kls[low]) / (shares[low + 1] - shares[low])
             total += math.exp(kls[low] + max(slope, 0.0) * (share - shares[low]))
@@ -237,12 +235,6 @@ class Search:
         if name and self.predict(empty) <= limit:
             yield empty  # with room left, which a weaker strategy uses better
             return
-        if self.profile.reads_prefix_only and not name:
-            # The last MLP alone: whatever is scheduled for its block does not happen.
-            free = Candidate("", ((self.profile.depth - 1, Absorb(1)),))
-            if self.predict(free) <= limit:
-                yield free
-                return
         yield from (single for block in self.blocks if (single := self._fit(empty, block, limit)))
         for block in self.candidate_blocks:
             for share in GRID:
@@ -297,7 +289,7 @@ class Search:
     ) -> Candidate:
         """The first neighbour that is measured to be better, else the same."""
         for neighbour in sorted(set(self._neighbours(best, limit)) - set(pool), key=self.guess):
-            if bar.n >= tries:
+            if len(pool) >= tries:
                 break
             pool.append(neighbour)
             bar.update()

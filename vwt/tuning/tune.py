@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from vwt.errors import ArgumentError
 from vwt.measure.timing import Calls, interleave, measure_latency, on_batches
+from vwt.models.backbone import Backbone
+from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import ENOUGH, Calibration, check_enough, load_images
 from vwt.tuning.notes import _Notes
-from vwt.tuning.plan import Plan, Point, describe, make_strategy
+from vwt.tuning.plan import Plan, Point, describe, make_strategy, pareto_front
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
 from vwt.tuning.search import FINALISTS, SCREENING_IMAGES, TRIES, Option, Outcome, Search
@@ -74,7 +76,7 @@ def tune(
         ArgumentError: for no goal, one that is none, or goals that cannot be met together; says what can.
         ModelError, ImageError, DataError: see `LatencyProfile.measure`, `Calibration` and `load_images`.
     """
-    goal = _check_goal(ratio, milliseconds, agreement)
+    goal = check_goal(ratio, milliseconds, agreement)
     if batch_size < 1:
         raise ArgumentError(f"batch_size is {batch_size}; expected at least 1")
     if notes is not None and not Path(notes).absolute().parent.is_dir():
@@ -84,23 +86,30 @@ def tune(
     check_enough(images)
     if len(images) < batch_size:
         raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
+    backbone = Backbone(model)
+    backbone.check(images)
+    image_size = (images.shape[2], images.shape[3])
     notes_ = _Notes(notes, model, images, batch_size, seed, codebooks)
-    profile = notes_.profile or LatencyProfile.measure(model, batch_size, seed=seed, progress=progress)
+    profile = notes_.profile or LatencyProfile.measure(
+        model, batch_size, image_size=image_size, seed=seed, progress=progress
+    )
     notes_.keep_profile(profile)
     calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
-    made = _strategies(codebooks)
+    made = _strategies(codebooks, backbone.family.grid(image_size))
     bound = {name: calibration.with_strategy(_known(make_strategy(how))) for name, how in made.items()}
     costs = _costs(profile, images[:batch_size], bound, seed, progress)
     options = {"": Option(calibration)} | {name: Option(bound[name], costs[name]) for name in made}
     search = Search(profile, options, notes_, progress=progress)
     bench = _Bench(model, made, images, batch_size, seed, progress)
     points = _search_front(search, goal, bench)
-    plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, _choose(points, goal), _pareto(points))
+    front = pareto_front(points)
+    plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, _choose(points, goal), front)
     notes_.remove()
     return plan
 
 
-def _check_goal(ratio: float | None, milliseconds: float | None, agreement: float | None) -> dict[str, float]:
+def check_goal(ratio: float | None, milliseconds: float | None, agreement: float | None) -> dict[str, float]:
+    """What of these is asked for, by name; raises ArgumentError for no goal, or one that is none."""
     goal = {"ratio": ratio, "milliseconds": milliseconds, "agreement": agreement}
     asked = {name: float(value) for name, value in goal.items() if value is not None}
     if not asked or {"ratio", "milliseconds"} <= set(asked):
@@ -111,9 +120,11 @@ def _check_goal(ratio: float | None, milliseconds: float | None, agreement: floa
     return asked
 
 
-def _strategies(codebooks: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, Any]]:
-    """What may be tried before the blocks, as plans write it, by name."""
-    made: list[dict[str, Any]] = [{"name": "Neighbours", "drop": drop} for drop in DROPS]
+def _strategies(codebooks: Sequence[str | os.PathLike[str]], grid: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """What may be tried before the blocks on a grid of patches, as plans write it, by name."""
+    made: list[dict[str, Any]] = [
+        {"name": "Neighbours", "drop": drop} for drop in DROPS if Neighbours(drop).can_drop(grid)
+    ]
     for path in codebooks:
         full = str(Path(path).resolve())
         made += [{"name": "InterImage", "codebook": full, "threshold": threshold} for threshold in THRESHOLDS]
@@ -221,19 +232,10 @@ def _choose(points: Sequence[Point], goal: Mapping[str, float]) -> Point:
     ]
     if not within:
         front = "; ".join(
-            f"ratio {p.ratio:.2f} ({p.milliseconds:.1f} ms): agreement {p.agreement:.3f}" for p in _pareto(points)
+            f"ratio {p.ratio:.2f} ({p.milliseconds:.1f} ms): agreement {p.agreement:.3f}" for p in pareto_front(points)
         )
         raise ArgumentError(f"no plan reaches {dict(goal)}; what can be reached is {front}; ask for one of these")
     return min(within, key=lambda point: (point.kl, point.milliseconds))
-
-
-def _pareto(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both latency and KL, the slowest first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.milliseconds, point.kl)):
-        if not front or point.kl < front[-1].kl:
-            front.append(point)
-    return front[::-1]
 
 
 def _known(strategy: Strategy | None) -> Strategy:
