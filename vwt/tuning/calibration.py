@@ -221,7 +221,7 @@ class Calibration:
         """
         if not 0 <= block < self.backbone.depth:
             raise ArgumentError(f"block is {block}; expected an index from 0 to {self.backbone.depth - 1}")
-        rows, columns = self.backbone.family.grid(self.images.shape[-2:])
+        rows, columns = self.backbone.family.grid((self.images.shape[2], self.images.shape[3]))
         prefix, most = self.backbone.prefix, self.backbone.prefix + rows * columns
         if self.fast.strategy is not None or not counts or not all(prefix < count <= most for count in counts):
             raise ArgumentError(

@@ -187,10 +187,9 @@ class PruningSchedule(Mapping[int, Reduction]):
         entering = patches_entering(happens, profile.depth, profile.patches)
         lines = [f"{'block':>5}  {'tokens':>6}  reduction"]
         for block, count in enumerate(entering[:-1]):
-            what = (
-                "" if block not in self else repr(self[block]) if block in happens else f"{self[block]}, without effect"
-            )
-            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {what}".rstrip())
+            what = repr(self[block]) if block in self else ""
+            idle = "" if block in happens or not what else ", without effect"
+            lines.append(f"{block:>5}  {profile.prefix + count:>6}  {what}{idle}".rstrip())
         full, own = profile.predict(), profile.predict(self)
         lines.append(f"predicted {own:.2f} ms of {full:.2f} ms ({own / full:.3f}) for a batch of {profile.batch_size}")
         return "\n".join(lines)

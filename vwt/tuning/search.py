@@ -115,7 +115,7 @@ class Search:
         self.measured: dict[str, float] = {} if measured is None else measured
         self.blocks = range(self.last + 1)
         self.log_kl = self._measure_single_reductions()
-        # Late blocks change least because least is gained there: what counts is KL over the square of the blocks spared.
+        # Late blocks change least because least is gained there: what counts is KL over the square of blocks spared.
         cost = {block: self.log_kl[block][1] - 2 * math.log(profile.depth - block) for block in self.blocks}
         self.candidate_blocks = sorted(self.blocks, key=cost.__getitem__)[:BLOCKS]
 
