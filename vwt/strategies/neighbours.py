@@ -1,4 +1,4 @@
-"""Redundancy between direct neighbours."""
+"""Drops patches that are similar to a direct neighbour."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,20 +17,22 @@ from vwt.tokens.words import KeptPatches, Words, weigh
 
 
 class Neighbours(nn.Module):
-    """Let a patch stand for a direct neighbour that is like it.
+    """Drop the patches that are most similar to a direct neighbour, and merge each into that neighbour.
 
-    Redundancy is judged between neighbours, and what is kept is mostly a real patch in its own place: an average is a
-    token that the model has never seen, and one over distant places has no position. Of the grid's two colours, as on a
-    chessboard, patches of one may be dropped, so that all neighbours of a dropped patch are kept: those most similar
-    (cosine, in embedding space) to one of their neighbours, which from then on stands for them, and counts eight
-    times in their mean. Each image takes the colour whose patches are the more similar to their neighbours. The grid's
-    corners stay. Attention counts a patch that stands for s as s ** 0.5 when others attend to it (proportional
-    attention as in Token Merging, arXiv 2210.09461, but of half the strength, and not to itself).
+    Similarity is the cosine in embedding space, between a patch and the four patches next to it. The grid is coloured
+    like a chessboard, and only patches of one colour are dropped, so that all neighbours of a dropped patch are kept.
+    Each image drops patches of the colour whose patches are more similar to their neighbours. The corners of the grid
+    are kept.
+
+    The token of a kept patch is a weighted mean, in which the kept patch has weight 8 and each patch merged into it
+    weight 1. A plain mean would be a token unlike those that the model was trained on. A token of s patches has key
+    size s ** 0.5 when other tokens attend to it, and 1 when it attends to itself (proportional attention as in Token
+    Merging, arXiv 2210.09461, section 3, which has s for both).
 
     Args:
-        drop: share of the patches to drop, in [0, 0.5): all images lose as many; or
-        threshold: cosine distance in [0, 2] up to which a patch is dropped: the image decides.
-        always: indices of patches that always stay, such as those that a model uses as attention sinks.
+        drop: share of the patches to drop, in [0, 0.5), the same for all images; or
+        threshold: cosine distance in [0, 2] up to which a patch is dropped; the number differs between images.
+        always: indices of patches that are never dropped, such as those that a model uses as attention sinks.
 
     Raises:
         ArgumentError: unless exactly one of drop and threshold is given, in its range.
@@ -64,7 +66,7 @@ class Neighbours(nn.Module):
         """Features (B, N, D) to Words of N - int(N · drop) tokens an image, or of as many as the threshold leaves.
 
         Raises:
-            ArgumentError: if so many cannot be dropped of one colour, or the grid has no such patch as stays always.
+            ArgumentError: if one colour has too few patches to drop, or an index of `always` is outside the grid.
         """
         board = self._board(grid, features.device)
         with without_autocast(features.device):

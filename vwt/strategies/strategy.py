@@ -19,7 +19,7 @@ class Strategy(Protocol):
 
     space: Space
     fixed_count: bool  # every image gets as many tokens, whatever it shows
-    # One may also have `size_exponent`: attention counts a token of s patches as s ** proportion (0 without).
+    # It may also have `size_exponent`: a token of s patches has key size s ** size_exponent (0 without).
 
     def bind(self, spec: PatchSpec) -> nn.Module:
         """The strategy as a module for one model; raises MismatchError if it cannot serve it."""

@@ -1,4 +1,4 @@
-"""What reductions do to the answers of a model, on unlabelled images."""
+"""KL divergence and agreement between a full and a reduced model, on unlabelled images."""
 
 import copy
 import os
@@ -59,7 +59,7 @@ def load_images(
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a reduced model is to the full one.
+    """KL divergence and agreement of a reduced model with the full one.
 
     Attributes:
         kl: (n,) KL(full ‖ reduced) of the class distributions of each image, in nats.
@@ -89,7 +89,7 @@ def check_enough(images: Tensor) -> None:
 
 
 def compare(full: Tensor, reduced: Tensor) -> Fidelity:
-    """Logits (n, classes) of the full and the reduced model to how near they are."""
+    """KL divergence and agreement of logits (n, classes) of the full and the reduced model."""
     target, own = full.float().log_softmax(-1), reduced.float().log_softmax(-1)
     kl = F.kl_div(own, target, reduction="none", log_target=True).sum(-1)
     return Fidelity(kl, full.argmax(-1) == reduced.argmax(-1))
@@ -104,11 +104,11 @@ class _Batch:
 
 
 class Calibration:
-    """A model, what it makes of images, and what a strategy and reductions change of that.
+    """A model with calibration images, on which strategies and reductions are compared with the full model.
 
-    Of a model that only embeds images (a timm model without classifier, a vision tower of transformers) the other
+    For a model that only embeds images (a timm model without classifier, a vision tower of transformers) the other
     images are the classes: the logits of an embedding are 100 times its cosines with the full model's embeddings of
-    these, as CLIP compares an image with labels. To agree is to find the same one nearest.
+    these, as CLIP compares an image with labels. Two embeddings agree where the same image is nearest.
 
     Args:
         model: see `VWTokenizer`, in eval mode.

@@ -1,6 +1,6 @@
-"""LatencyProfile: what each token costs in each part of a model, on this very device.
+"""LatencyProfile: the latency of each part of a model over token counts, on one device.
 
-Token counts include prefix tokens, here and wherever latency is counted, so that what is measured is what is deployed.
+Token counts include prefix tokens, here and wherever latency is predicted.
 """
 
 import copy
@@ -143,8 +143,8 @@ class LatencyProfile:
 
         Args:
             reductions: in the blocks.
-            patches: patch tokens that enter the first block, if they were made fewer; what that costs is not counted.
-                Without both, it is the model itself.
+            patches: patch tokens that enter the first block, where a strategy reduced them; the time of the strategy
+                itself is not included. Without reductions and patches, the prediction is for the full model.
         """
         last = self.depth - 1 if self.reads_prefix_only and (reductions or patches is not None) else None
         reductions = self.effective(reductions)

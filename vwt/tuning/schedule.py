@@ -1,4 +1,4 @@
-"""PruningSchedule: in which blocks how many tokens go."""
+"""PruningSchedule: which blocks reduce their tokens, by which method, and by how many."""
 
 import math
 import os
@@ -26,16 +26,17 @@ WITHIN_BUDGET = (0.97, 1.01)  # measured latency over the budget, for a search t
 
 
 class PruningSchedule(Mapping[int, Reduction]):
-    """Which blocks make fewer tokens of theirs, between attention and MLP.
+    """Which blocks reduce their patch tokens, between attention and MLP.
 
-    A mapping from the index of a block, from 0, to `Prune`, `Merge` or `Absorb`; a bare number means
-    `Prune`. Empty, it prunes nothing.
+    A mapping from the index of a block, from 0, to `Prune`, `Merge` or `Absorb`. A bare number means `Prune`. An empty
+    schedule reduces nothing.
 
     Args:
-        reductions: by block; tokens to remove (`56`), or their share of the patch tokens that enter it (`0.3`).
+        reductions: by block; an amount of at least 1 is a number of tokens to remove (`56`), one in (0, 1) a share of
+            the patch tokens that enter the block (`0.3`).
 
     Raises:
-        ArgumentError: for a block that is no index, or an amount that is none.
+        ArgumentError: if a block is not an index from 0, or an amount is out of range.
 
     >>> PruningSchedule({3: 56})
     PruningSchedule({3: Prune(56)})
@@ -124,18 +125,19 @@ class PruningSchedule(Mapping[int, Reduction]):
     ) -> "PruningSchedule":
         """The schedule within a budget of latency that changes the model's answers least.
 
-        Searched over blocks and counts of `Absorb` by predicted latency; what is compared is KL(full ‖ reduced) on
-        unlabelled images. What was found is then measured beside the model, and searched again with the budget put
-        right, as the machine may not be as fast as when it was profiled.
+        Searches over blocks and amounts of `Absorb`. Candidates within the budget by predicted latency are compared by
+        KL(full ‖ reduced) on unlabelled images. The latency of the best is then measured beside the model; where it
+        misses the budget, the search runs again with a corrected one, up to twice, as the machine may be slower or
+        faster than when it was profiled.
 
         Args:
             profile: of the model, on the device.
             model: in eval mode.
             images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of
                 which 256 are drawn.
-            milliseconds: budget a batch, or
-            ratio: the same as a share of the full model's.
-            seed: of the draw.
+            milliseconds: budget for a batch; or
+            ratio: budget as a share of the full model's latency.
+            seed: of the draw of images.
             progress: show progress bars.
 
         Returns:

@@ -1,9 +1,13 @@
-"""The search for what changes a model's answers least within a budget of time.
+"""The search for the candidate of lowest KL(full ‖ reduced) within a latency budget.
 
-A candidate is a strategy before the blocks, and reductions inside them. Three rounds, from cheap to dear: strategies
-and single reductions are measured one by one on a part of the images; what several do together is first taken to be the
-sum of what they do alone, which finds the region where the best lie; these are measured, and the best is moved about as
-long as that helps. The winner is chosen on all images.
+A candidate is a strategy before the blocks, and reductions inside them. The search has three rounds, each more costly:
+
+1. The KL of each strategy and of each single reduction is measured on a part of the images.
+2. The KL of a combination is estimated as the sum of the KL of its parts, and the combinations of lowest estimate are
+   measured.
+3. Local search: the best are changed a little, as long as that lowers their KL.
+
+The winner is chosen on all images.
 """
 
 import math

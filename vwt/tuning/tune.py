@@ -1,4 +1,4 @@
-"""One call for a plan: what to do before and inside the blocks of a model, on this device, within a budget."""
+"""tune: a strategy and a schedule for a model on this device, within a budget, in one call."""
 
 import math
 import os
@@ -54,18 +54,19 @@ def tune(
     notes: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Plan:
-    """Find what changes a model's answers least within a budget, or the fastest that keeps enough of them.
+    """Find the plan of lowest KL(full ‖ reduced) within a latency budget, or the fastest of a given agreement.
 
-    Measures what tokens cost on this device, tries strategies and schedules on unlabelled images, and measures the
-    latency of the best.
+    Profiles the model on this device, compares strategies and schedules on unlabelled images by predicted latency and
+    KL divergence, and measures the latency of the best.
 
     Args:
         model: in eval mode, where and as it will be used; without classes, see `vwt.tuning.calibration.Calibration`.
         images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of which
             256 are drawn.
-        ratio: budget, of the model's latency, or
-        milliseconds: the same a batch; and, or
-        agreement: share of the images on which the first class must be the model's.
+        ratio: budget as a share of the full model's latency, in (0, 1]; or
+        milliseconds: budget for a batch.
+        agreement: least share of the images, in (0, 1], whose top-1 class must be the full model's; alone, or with a
+            budget.
         batch_size: images at a time.
         codebooks: paths, to try inter-image words too.
         seed: of the draw and of the order of measurements.
