@@ -15,9 +15,8 @@ import vwt
 from vwt.datasets import ImageSource
 from vwt.errors import ModelError, VWTError
 from vwt.models.create import create_model
-from vwt.models.spec import PatchSpec
+from vwt.models.spec import prepare
 from vwt.pictures.groups import save_groups
-from vwt.tokens.patches import normalise
 
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 OUT = Path("demo")
@@ -31,8 +30,7 @@ def main() -> int:
     model, trained = load_model()
     codebook = vwt.build_codebook(crops, model, words=WORDS, out=OUT / "words.zarr", overwrite=True)
     images = torch.cat([batch.images for batch in ImageSource(str(crops), model).batches(32)])
-    spec = PatchSpec.of(model)
-    inputs = normalise(images, spec.mean, spec.std)
+    inputs = prepare(images, model)
 
     variants = {
         "full model": vwt.VWTokenizer(model),

@@ -17,8 +17,7 @@ from vwt.datasets import read_image
 from vwt.errors import ArgumentError, VWTError
 from vwt.models.backbone import Backbone
 from vwt.models.create import create_model
-from vwt.models.spec import PatchSpec
-from vwt.tokens.patches import normalise
+from vwt.models.spec import prepare
 
 SIZE = 336  # pixels of each of the three pictures
 
@@ -47,8 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = create_model(arguments.model, arguments.checkpoint)
     fast = vwt.VWTokenizer(model, schedule=vwt.PruningSchedule({arguments.block: vwt.Merge(arguments.share)}))
     picture = read_image(arguments.image, model) if arguments.image else draw_scene(*Backbone(model).input_shape[1:])
-    spec = PatchSpec.of(model)
-    pixels = normalise(picture[None], spec.mean, spec.std)
+    pixels = prepare(picture[None], model)
     full, reduced = (
         one.forward_intermediates(pixels, 1, norm=True, intermediates_only=True)[0][0]
         for one in (vwt.VWTokenizer(model), fast)

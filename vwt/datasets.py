@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config, resolve_model_data_config
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from vwt.errors import DataError, first_line
-from vwt.models.spec import from_transformers
+from vwt.models.spec import family_of
 
 # Prefixes by which timm's factory knows a data set that is no folder and no tar file.
 _REMOTE = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
@@ -182,15 +182,7 @@ def read_image(path: str | os.PathLike[str], model: nn.Module) -> Tensor:
 
 def _make_transform(model: nn.Module) -> tuple[Callable[[Any], Any], str, tuple[int, ...]]:
     """The transform of a model's own data config, the mode of its images, and their size (C, H, W)."""
-    if from_transformers(model):
-        from vwt.models.hf import describe
-
-        config = resolve_data_config(pretrained_cfg=describe(model)[1])
-    else:
-        config = resolve_model_data_config(model)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:  # the model may have been made for another size than its weights
-        config["input_size"] = (config["input_size"][0], *size)
+    config = resolve_data_config(pretrained_cfg=family_of(model).pretrained_cfg)
     channels = config["input_size"][0]
     transform = create_transform(**config, is_training=False, use_prefetcher=True)
     return transform, {1: "L", 3: "RGB"}.get(channels, "RGB"), tuple(config["input_size"])

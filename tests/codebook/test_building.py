@@ -336,7 +336,7 @@ def test_sources_and_models_that_are_none(images, small_vit, tmp_path):
         build(tmp_path / "missing", small_vit)
     with pytest.raises(DataError, match=r"no image|Found 0 images"):
         build(tmp_path, small_vit)
-    with pytest.raises(ModelError, match="ResNet has no patch embedding"):
+    with pytest.raises(ModelError, match="ResNet is not supported"):
         build(images, timm.create_model("test_resnet"))
     assert os.listdir(tmp_path) == []
 

@@ -193,8 +193,8 @@ def test_other_classes_are_refused_by_name(name, model):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (nn.Sequential, r"Sequential is not supported: it only holds models; wrap the Vision Transformer inside it"),
-        (nn.DataParallel, r"DataParallel is not supported: it only holds models"),
+        (nn.Sequential, r"Sequential is not supported, but its part '0' is, a VisionTransformer: wrap that part"),
+        (nn.DataParallel, r"DataParallel is not supported, but its part 'module' is, a VisionTransformer"),
         (
             partial(torch.compile, backend="eager"),
             r"OptimizedModule .*compiled; wrap it first, and compile the wrapper",

@@ -21,7 +21,7 @@ from vwt import (
     build_codebook,
 )
 from vwt.errors import ArgumentError, ImageError, ModelError
-from vwt.models.spec import PatchSpec
+from vwt.models.spec import PatchSpec, prepare
 from vwt.tokens.patches import patchify
 from vwt.tuning.calibration import Calibration
 
@@ -318,8 +318,9 @@ def test_check_names_the_block():
 
 def test_unknown_normalisation(tmp_path):
     model = ViTModel(ViTConfig(**WIDE))
-    with pytest.raises(ModelError, match=r"normalisation of this ViTModel is unknown; save its image processor"):
-        VWTokenizer(model, IntraImage(0.3))
+    VWTokenizer(model, IntraImage(0.3))
+    with pytest.raises(ModelError, match=r"normalisation of ViTModel is unknown.*save its image processor"):
+        prepare(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), model)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 2]}')
     model.config.name_or_path = str(tmp_path)
     assert PatchSpec.of(model).mean == (0.1, 0.2, 0.3)
@@ -331,6 +332,35 @@ def test_unsupported():
 
     with pytest.raises(ModelError, match=r"ResNetModel is not supported; of transformers, vwt takes CLIPVisionModel"):
         VWTokenizer(ResNetModel(ResNetConfig()))
+
+
+def make_llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**WIDE), text_config=text))
+
+
+def make_wrapper():
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    return TimmWrapperModel(TimmWrapperConfig(architecture="test_vit"))
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (make_llava, r"'model.vision_tower' is, a CLIPVisionModel"),
+        (make_wrapper, "'timm_model' is, a VisionTransformer"),
+    ],
+)
+def test_a_model_that_holds_a_supported_one_is_told_which(make, part):
+    model = make()
+    with pytest.raises(
+        ModelError, match=rf"{type(model).__name__} is not supported, but its part {part}: wrap that"
+    ) as e:
+        VWTokenizer(model)
+    VWTokenizer(model.get_submodule(str(e.value).split("'")[1]))
 
 
 def test_transformers_is_not_imported_without_need():

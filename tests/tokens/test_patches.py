@@ -6,21 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vwt.errors import ModelError
 from vwt.models.families import embed
-from vwt.models.spec import PatchSpec, projection_checksums
 from vwt.tokens.patches import normalise, patchify, unpatchify
 
 few = st.integers(1, 4)
-
-
-def projection(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Conv2d(3, 5, 4, 4)
-
-
-def share_a_checksum(one: nn.Module, other: nn.Module) -> bool:
-    return bool(projection_checksums(one).items() & projection_checksums(other).items())
 
 
 @given(few, few, few, few, few, few)
@@ -68,45 +57,3 @@ def test_normalise_is_what_the_model_was_trained_with():
     expected = (images / 255 - torch.tensor(mean).view(column)) / torch.tensor(std).view(column)
     torch.testing.assert_close(normalise(images, mean, std), expected, atol=1e-5, rtol=1e-5)
     assert images.dtype == torch.uint8
-
-
-def test_spec_of_a_timm_model():
-    model = timm.create_model("test_vit.r160_in1k")
-    spec = PatchSpec.of(model)
-    assert spec.model == "test_vit.r160_in1k"
-    assert (spec.patch_size, spec.mean, spec.std) == ((16, 16), (0.5,) * 3, (0.5,) * 3)
-    assert spec.projection == projection_checksums(model.patch_embed)
-
-
-def test_spec_refuses_a_model_without_patches():
-    with pytest.raises(ModelError, match="ResNet has no patch embedding"):
-        PatchSpec.of(timm.create_model("test_resnet"))
-
-
-@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "pit_ti_224", "pvt_v2_b0", "vit_tiny_r_s16_p8_224"])
-def test_spec_refuses_patches_that_overlap_or_are_no_pixels(name):
-    """Stacked or overlapping convolutions, and those over another network's features."""
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    with pytest.raises(ModelError, match="projection"):
-        PatchSpec.of(model)
-
-
-def test_spec_refuses_a_model_of_unknown_normalisation(small_vit):
-    small_vit.pretrained_cfg = {}
-    with pytest.raises(ModelError, match=r"normalisation.*unknown"):
-        PatchSpec.of(small_vit)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_projection_is_recognised_in_another_dtype(dtype):
-    assert share_a_checksum(projection(), projection().to(dtype))
-    assert not share_a_checksum(projection(), projection(seed=1).to(dtype))
-
-
-@given(st.sampled_from(["weight", "bias"]), st.integers(0, 4))
-def test_projection_is_not_recognised_when_a_value_differs(name, index):
-    other = projection()
-    with torch.no_grad():
-        other.get_parameter(name)[index] += 0.1
-    assert not share_a_checksum(projection(), other)

@@ -112,26 +112,28 @@ class Codebook:
 
         Raises:
             MismatchError: if patch size, projection or normalisation are not the model's.
+            ModelError: if the model's normalisation is unknown.
         """
         if self.patch_size != spec.patch_size:
             raise MismatchError(
                 f"the codebook has patches of {self.patch_size} pixels, {spec.model} of {spec.patch_size}; "
                 "build a codebook for this model with `vwt build`"
             )
-        if len(self.mean) != len(spec.mean):
-            raise MismatchError(f"the codebook has {len(self.mean)} channels, {spec.model} {len(spec.mean)}")
+        mean, std = spec.normalisation
+        if len(self.mean) != len(mean):
+            raise MismatchError(f"the codebook has {len(self.mean)} channels, {spec.model} {len(mean)}")
         if self.space == "pixel":
-            return self.normalised(spec.mean, spec.std)
+            return self.normalised(mean, std)
         if not _agree(self.projection, spec.projection):
             raise MismatchError(
                 f"the codebook lies in the embedding space of {self.provenance.get('model', 'another model')}, whose "
                 f"patch projection is not that of this {spec.model}; build one for these weights with `vwt build`, or "
                 "use a pixel codebook, which serves every model of its patch size"
             )
-        if not (np.allclose(self.mean, spec.mean, atol=_SAME) and np.allclose(self.std, spec.std, atol=_SAME)):
+        if not (np.allclose(self.mean, mean, atol=_SAME) and np.allclose(self.std, std, atol=_SAME)):
             raise MismatchError(
                 f"the codebook was built from images of mean {self.mean} and std {self.std}, {spec.model} expects "
-                f"mean {spec.mean} and std {spec.std}; build one with this model's normalisation"
+                f"mean {mean} and std {std}; build one with this model's normalisation"
             )
         return self
 

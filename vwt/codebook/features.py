@@ -44,12 +44,13 @@ class FeatureStream:
         strict: bool,
         progress: bool,
     ) -> None:
-        self.source, self.family, self.spec, self.space = source, family_of(model), spec, space
+        self.source, self.spec, self.space = source, spec, space
         self.workers, self.strict, self.progress = workers, strict, progress
         self.skipped: dict[int, tuple[str, str]] = {}
         self.timed = Stopwatch()
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.family = family_of(model)
+        self.mean, self.std = spec.normalisation
+        self.device = self.family.projection.weight.device
 
     def batches(self, name: str, start: int) -> Iterator[tuple[Batch, Tensor]]:
         """Batches from image `start` on, with their features (B, N, D) float32; `name` stands at the progress bar."""
@@ -71,9 +72,9 @@ class FeatureStream:
 
     @torch.inference_mode()
     def _features(self, batch: Batch) -> Tensor:
-        images = normalise(batch.images.to(self.device), self.spec.mean, self.spec.std)
+        images = normalise(batch.images.to(self.device), self.mean, self.std)
         if self.space == "embedding":
-            features = self._project(images.to(self.dtype)).float()
+            features = self.family.project(images.to(self.family.projection.weight.dtype)).float()
         else:
             features = patchify(images, self.spec.patch_size)
         finite = torch.isfinite(features.sum(dim=(1, 2)))
@@ -84,10 +85,6 @@ class FeatureStream:
                 "are the model's weights finite?"
             )
         return features
-
-    def _project(self, images: Tensor) -> Tensor:
-        """The patch projection's output (B, N, D) without position."""
-        return self.family.embed(images).project()
 
     def _note_skipped(self, batch: Batch) -> None:
         for index, name, reason in batch.skipped:

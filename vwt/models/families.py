@@ -7,7 +7,7 @@ Nothing of a model's forward pass is copied here. What an adapter says is checke
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from timm.layers import PatchEmbed
@@ -41,9 +41,14 @@ _PRE_NORM = (Block, EvaBlock, BeitBlock)
 _POST_NORM = (ResPostBlock, EvaBlockPostNorm)
 
 
+# Mean and standard deviation of images in [0, 1], one number a channel.
+Normalisation: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+
+
 class Parent(Protocol):
     """A vision-language model whose vision tower is reduced; see `vwt.models.image_text`."""
 
+    model: Any
     methods: tuple[str, ...]  # of the model, that can be called
 
     def call(self, method: str, see: Callable[[Tensor], Any], options: dict[str, Any]) -> Any:
@@ -111,12 +116,49 @@ class Family:
             raise ArgumentError(f"VWTokenizer takes images alone, without {', '.join(options)}; call it without")
         return images
 
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What is known of timm's `pretrained_cfg`, with the model's own `input_size`."""
+        return {**(getattr(self.model, "pretrained_cfg", None) or {}), "input_size": self.input_shape}
+
+    @property
+    def name(self) -> str:
+        """Of the model and its weights, for messages and provenance."""
+        cfg = self.pretrained_cfg
+        name, tag = cfg.get("architecture") or type(self.model).__name__, cfg.get("tag")
+        return f"{name}.{tag}" if tag else str(name)
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """What the model expects of its images; None if that is unknown."""
+        cfg = self.pretrained_cfg
+        mean, std = (tuple(float(value) for value in cfg.get(name) or ()) for name in ("mean", "std"))
+        return (mean, std) if len(mean) == len(std) == self.channels else None
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        height, width = self.model.patch_embed.patch_size
+        return int(height), int(width)
+
     # -- embedding -----------------------------------------------------------------------------------------------------
 
     @property
+    def patch_embed(self) -> nn.Module:
+        """The module whose weights decide what `project` makes of a patch."""
+        return self.model.patch_embed
+
+    @property
     def projection(self) -> Any:
-        """The layer that makes embeddings of patches."""
+        """The layer of it that is given pixels."""
         return self.model.patch_embed.proj
+
+    def project(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the embeddings of their patches (B, N, D), without position."""
+        output, _ = embed(self.model.patch_embed, images)
+        return output.flatten(1, -2)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -321,6 +363,17 @@ class NaFlexFamily(EvaFamily):
             )
 
     @property
+    def patch_size(self) -> tuple[int, int]:
+        """See `Family`."""
+        height, width = self.model.embeds.patch_size
+        return int(height), int(width)
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """See `Family`."""
+        return self.projection
+
+    @property
     def projection(self) -> Any:
         """See `Family`: a convolution, or a linear layer over flattened pixels."""
         return self.model.embeds.proj
@@ -346,12 +399,12 @@ class NaFlexFamily(EvaFamily):
         tokens, (rows, columns) = self.model.embeds(images)
         grid = (int(rows), int(columns))
         rotary = None if self.model.rope is None else self.model.rope.get_embed(shape=grid)
-        return Embedded(partial(self._project, images, grid), tokens, grid, rotary)
+        return Embedded(partial(self.project, images), tokens, grid, rotary)
 
-    def _project(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The projection once more: the model has added positions to its output in place."""
+    def project(self, images: Tensor) -> Tensor:
+        """See `Family`; made anew, since the model adds positions to its output in place."""
         embeds = self.model.embeds
-        patches = patchify(images, embeds.patch_size, grid)
+        patches = patchify(images, self.patch_size, self.grid((images.shape[2], images.shape[3])))
         if embeds.is_linear and embeds.channels_last:  # pixel after pixel, each with its channels
             patches = patches.unflatten(-1, (images.shape[1], -1)).transpose(-1, -2).flatten(-2)
         return embeds.norm(nn.functional.linear(patches, embeds.proj.weight.flatten(1), embeds.proj.bias))

@@ -1,10 +1,9 @@
 """Hugging Face transformers' models; imported only where a model is one of theirs."""
 
-from typing import Any
+from collections.abc import Callable
 
 import transformers
 from torch import nn
-from transformers.image_processing_base import ImageProcessingMixin
 
 from vwt.errors import ModelError
 from vwt.models.blip import BlipTower
@@ -20,28 +19,30 @@ def classes_of(tower: type[Tower]) -> list[type[nn.Module]]:
     return [tower.MODEL, *tower.OTHERS, *(kind for kind in IMAGE_TEXT_MODELS if kind.__module__ == family)]
 
 
-def tower_of(model: nn.Module) -> Tower:
-    """The adapter of a model of transformers; of one of images and text, that of its vision tower.
+def adapter_of(kind: type) -> Callable[[nn.Module], Tower] | None:
+    """What makes the adapter of a model of a class; of a model of images and text, that of its vision tower."""
+    if issubclass(kind, tuple(IMAGE_TEXT_MODELS)):
+        return _vision_tower_of
+    return next((tower for tower in TOWERS if issubclass(kind, (tower.MODEL, *tower.OTHERS))), None)
 
-    Raises:
-        ModelError: if there is none; says what to do.
-    """
-    if isinstance(model, tuple(IMAGE_TEXT_MODELS)):
-        tower = tower_of(getattr(model, VISION))
-        tower.parent = ImageTextModel(model, tower.arguments)
-        return tower
-    for kind in TOWERS:
-        if isinstance(model, (kind.MODEL, *kind.OTHERS)):
-            return kind(model)
-    raise ModelError(unsupported(type(model)))
+
+def _vision_tower_of(model: nn.Module) -> Tower:
+    vision = getattr(model, VISION)
+    adapter = adapter_of(type(vision))
+    if adapter is None:
+        raise ModelError(unsupported(type(vision)))
+    tower = adapter(vision)
+    tower.parent = ImageTextModel(model, tower.arguments)
+    return tower
 
 
 def unsupported(kind: type) -> str:
     """Why models of a class cannot be wrapped."""
     names = ", ".join(one.__name__ for tower in TOWERS for one in classes_of(tower))
     return (
-        f"{kind.__module__}.{kind.__name__} is not supported; of transformers, vwt takes {names}; of another model of "
-        "images and text, wrap the vision tower: model.vision_model = VWTokenizer(model.vision_model, ...)"
+        f"{kind.__module__}.{kind.__name__} is not supported; of transformers, vwt takes {names}; of a model that "
+        "holds one of these, wrap that part; or see whether timm has the same weights in one of its families "
+        "(`vwt models` lists them)"
     )
 
 
@@ -52,29 +53,3 @@ def find_class(name: str) -> type[nn.Module] | None:
     except (ImportError, RuntimeError):  # one that needs what is not installed
         return None
     return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
-
-
-def describe(model: Any) -> tuple[Any, dict[str, Any]]:
-    """The patch projection of a model, and what of timm's pretrained_cfg is known of it.
-
-    The normalisation is that of `model.pretrained_cfg` where it has been set, else that of the image processor that is
-    stored beside the model's weights, else that of all models of its family, if they have one.
-    """
-    tower = tower_of(model)
-    name = model.config.name_or_path
-    known = {"architecture": name or type(model).__name__, "input_size": tower.input_shape, "interpolation": "bicubic"}
-    cfg = {**known, **(getattr(model, "pretrained_cfg", None) or {})}
-    if cfg.get("mean") and cfg.get("std"):
-        return tower.projection, cfg
-    stored = _stored_normalisation(name) if name else None
-    return tower.projection, {**cfg, **(stored or tower.NORMALISATION or {})}
-
-
-def _stored_normalisation(name: str) -> dict[str, Any] | None:
-    """Mean and std of the image processor of a checkpoint, if it is on this machine."""
-    try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    return {"mean": tuple(mean), "std": tuple(std)} if mean and std else None

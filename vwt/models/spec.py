@@ -1,15 +1,15 @@
 """What a model says of itself: its family, and how it cuts and sees patches."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vwt.errors import ModelError
-from vwt.models.families import FAMILIES, Family
+from vwt.models.families import FAMILIES, Family, Normalisation
+from vwt.tokens.patches import normalise
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class PatchSpec:
     Attributes:
         model: the model's name, for messages and provenance.
         patch_size: (height, width) in pixels.
-        mean: per channel, of the normalisation that the model expects of images in [0, 1].
+        mean: per channel, of the normalisation that the model expects of images in [0, 1]; empty if it is unknown.
         std: per channel, likewise.
         projection: sha256 of the patch projection's weights by dtype, from the model's own dtype downwards.
     """
@@ -35,65 +35,38 @@ class PatchSpec:
         """Read the spec off a model of timm or transformers.
 
         Raises:
-            ModelError: if the model has no patch embedding or no known normalisation.
+            ModelError: if the model is not supported.
         """
-        patch_embed: Any = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        remedy = "create it with timm.create_model, or"
-        if from_transformers(model):
-            from vwt.models.hf import describe
+        family = family_of(model)
+        mean, std = family.normalisation or ((), ())
+        return cls(family.name, family.patch_size, mean, std, projection_checksums(family.patch_embed))
 
-            patch_embed, cfg = describe(model)
-            proj, size, remedy = patch_embed, patch_embed.kernel_size, "save its image processor beside its weights, or"
-        elif patch_embed is None or not hasattr(patch_embed, "patch_size"):
-            raise ModelError(
-                f"{type(model).__name__} has no patch embedding (`patch_embed.patch_size`); "
-                "visual words need a Vision Transformer of timm or transformers"
-            )
-        else:
-            proj, size = getattr(patch_embed, "proj", None), patch_embed.patch_size
-        if not cfg.get("mean") or not cfg.get("std"):
-            raise ModelError(
-                f"the normalisation of this {type(model).__name__} is unknown; {remedy} "
-                "set model.pretrained_cfg = {'mean': ..., 'std': ...}"
-            )
-        patch_size = size if isinstance(size, tuple) else (size, size)
-        channels = _channels(proj, patch_size)
-        if channels is None or hasattr(patch_embed, "backbone"):
-            raise ModelError(
-                f"the patch projection of this {type(model).__name__} ({type(patch_embed).__name__}) is no plain "
-                "convolution over pixels, one patch a step; visual words need one, as in VisionTransformer"
-            )
-        if len(cfg["mean"]) != channels:
-            raise ModelError(
-                f"this {type(model).__name__} takes {channels} channels, but its pretrained_cfg has a mean of "
-                f"{len(cfg['mean'])}; set model.pretrained_cfg['mean'] and ['std'] to those of its images"
-            )
-        height, width = patch_size
-        name = str(cfg.get("architecture") or type(model).__name__)
-        tag = cfg.get("tag")
-        return cls(
-            model=f"{name}.{tag}" if tag else name,
-            patch_size=(int(height), int(width)),
-            mean=tuple(float(m) for m in cfg["mean"]),
-            std=tuple(float(s) for s in cfg["std"]),
-            projection=projection_checksums(proj if hasattr(model, "embeds") else patch_embed),
+    @property
+    def normalisation(self) -> Normalisation:
+        """Mean and std; raises ModelError if they are unknown."""
+        return _known((self.mean, self.std) if self.mean else None, self.model)
+
+
+def prepare(images: Tensor, model: nn.Module) -> Tensor:
+    """Images (B, C, H, W) uint8 as a model takes them: normalised, on its device and in its dtype.
+
+    Raises:
+        ModelError: if the model is not supported, or its normalisation is unknown.
+    """
+    family = family_of(model)
+    mean, std = _known(family.normalisation, family.name)
+    weight = family.projection.weight
+    return normalise(images.to(weight.device), mean, std).to(weight.dtype)
+
+
+def _known(normalisation: Normalisation | None, name: str) -> Normalisation:
+    if normalisation is None:
+        raise ModelError(
+            f"the normalisation of {name} is unknown: it has no mean and std with one number for each channel of its "
+            "images; set model.pretrained_cfg = {'mean': ..., 'std': ...}, or, of a model of transformers, save its "
+            "image processor beside its weights"
         )
-
-
-def from_transformers(model: Any) -> bool:
-    """Whether a model is one of transformers, or a subclass of one; it is not imported to say so."""
-    return any(kind.__module__.split(".")[0] == "transformers" for kind in type(model).__mro__)
-
-
-def _channels(projection: Any, patch_size: tuple[int, int]) -> int | None:
-    """Channels of the pixels that a patch projection sees one patch a step; None if it does something else."""
-    if isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride == patch_size:
-        return projection.in_channels
-    pixels = patch_size[0] * patch_size[1]
-    if isinstance(projection, nn.Linear) and projection.in_features % pixels == 0:
-        return projection.in_features // pixels
-    return None
+    return normalisation
 
 
 def projection_checksums(patch_embed: nn.Module) -> dict[str, str]:
@@ -121,7 +94,7 @@ def weights_checksum(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def family_of(model: Any) -> Family:
+def family_of(model: nn.Module) -> Family:
     """The adapter of a model.
 
     Raises:
@@ -132,18 +105,37 @@ def family_of(model: Any) -> Family:
         raise ModelError(f"{kind} is not supported: the model is scripted or traced; wrap it first, and export after")
     if hasattr(model, "_orig_mod"):
         raise ModelError(f"{kind} is not supported: the model is compiled; wrap it first, and compile the wrapper")
-    for family in FAMILIES:
-        if isinstance(model, family.MODEL):
-            return family(model)
-    if from_transformers(model):
-        from vwt.models.hf import tower_of
+    adapter = _adapter_of(type(model))
+    if adapter is not None:
+        return adapter(model)
+    for name, part in model.named_modules():
+        if _adapter_of(type(part)) is not None:
+            raise ModelError(
+                f"{kind} is not supported, but its part {name!r} is, a {type(part).__name__}: wrap that part"
+            )
+    if _from_transformers(type(model)):
+        from vwt.models import hf
 
-        return tower_of(model)
-    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict | nn.DataParallel):
-        raise ModelError(f"{kind} is not supported: it only holds models; wrap the Vision Transformer inside it")
+        raise ModelError(hf.unsupported(type(model)))
     names = ", ".join(family.MODEL.__name__ for family in FAMILIES)
     raise ModelError(
         f"{kind} is not supported: it is of no family that vwt knows, in which all blocks attend over one sequence of "
         f"patches, without windows, pooling or convolutions; take one of timm's {names} (see `vwt models`), or "
         "transformers' CLIP, BLIP, ViT, DINOv2 or SigLIP"
     )
+
+
+def _adapter_of(kind: type) -> Callable[[nn.Module], Family] | None:
+    """What makes the adapter of a model of a class; transformers is imported for its own classes only."""
+    for family in FAMILIES:
+        if issubclass(kind, family.MODEL):
+            return family
+    if not _from_transformers(kind):
+        return None
+    from vwt.models import hf
+
+    return hf.adapter_of(kind)
+
+
+def _from_transformers(kind: type) -> bool:
+    return any(base.__module__.split(".")[0] == "transformers" for base in kind.__mro__)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, cat, nn
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.models.clip.modeling_clip import (
     CLIPEncoderLayer,
@@ -93,12 +94,44 @@ class Tower(Family):
         """See `Family`."""
         return self.tower(images).last_hidden_state
 
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """See `Family`.
+
+        The normalisation is that of `model.pretrained_cfg` where it has been set, else that of the image processor
+        that is stored beside the model's weights, else that of all models of the family, if they have one.
+        """
+        model = self.model if self.parent is None else self.parent.model
+        name = model.config.name_or_path
+        known = {"architecture": name or type(model).__name__, "interpolation": "bicubic"}
+        cfg = {**known, **(getattr(model, "pretrained_cfg", None) or {}), "input_size": self.input_shape}
+        if cfg.get("mean") and cfg.get("std"):
+            return cfg
+        return {**cfg, **(_stored_normalisation(name) or self.NORMALISATION or {})}
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """See `Family`."""
+        height, width = self.projection.kernel_size
+        return int(height), int(width)
+
     # -- embedding -----------------------------------------------------------------------------------------------------
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """See `Family`."""
+        return self.projection
 
     @property
     def projection(self) -> Any:
         """See `Family`."""
         return self.tower.embeddings.get_submodule(self.PROJECTION)
+
+    def project(self, images: Tensor) -> Tensor:
+        """See `Family`."""
+        return self.projection(images).flatten(2).mT
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -124,7 +157,7 @@ class Tower(Family):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """See `Family`."""
-        height, width = self.projection.kernel_size
+        height, width = self.patch_size
         return size[0] // height, size[1] // width
 
     def check_size(self, size: tuple[int, int]) -> None:
@@ -138,7 +171,7 @@ class Tower(Family):
     def embed(self, images: Tensor) -> Embedded:
         """See `Family`; the model does not hand out the projection's output, so that it is made anew where needed."""
         grid = self.grid((images.shape[2], images.shape[3]))
-        return Embedded(lambda: self.projection(images).flatten(2).mT, self.tower.embeddings(images), grid)
+        return Embedded(partial(self.project, images), self.tower.embeddings(images), grid)
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
@@ -319,7 +352,7 @@ class Dinov2Tower(Tower):
 
     def check_size(self, size: tuple[int, int]) -> None:
         """See `Family`."""
-        height, width = self.projection.kernel_size
+        height, width = self.patch_size
         if size[0] < height or size[1] < width:
             raise ImageError(f"images are {size[0]}x{size[1]}, less than one patch {height}x{width}; resize them")
 
@@ -372,3 +405,15 @@ class SiglipTower(Tower):
     def pooled(self, tokens: Tensor) -> Tensor | None:
         """See `Tower`; it may have none."""
         return self.tower.head(tokens) if self.tower.use_head else None
+
+
+def _stored_normalisation(name: str) -> dict[str, Any] | None:
+    """Mean and std of the image processor of a checkpoint, if it is on this machine."""
+    if not name:
+        return None
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    return {"mean": tuple(mean), "std": tuple(std)} if mean and std else None

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vwt.codebook.codebook import Codebook
-from vwt.models.spec import PatchSpec
+from vwt.models.spec import PatchSpec, prepare
 from vwt.pictures.figures import new_figure
 from vwt.pictures.groups import colour_groups
 from vwt.reductions.prune import PrunePlan
 from vwt.reductions.reducing import follow
 from vwt.tokenizer import VWTokenizer
-from vwt.tokens.patches import normalise, patchify, unpatchify
+from vwt.tokens.patches import patchify, unpatchify
 from vwt.tokens.words import Words
 
 ACROSS = 5  # panels in a row at most
@@ -59,8 +59,8 @@ class Stage:
 @torch.inference_mode()
 def stages(fast: VWTokenizer, image: Tensor) -> list[Stage]:
     """What enters the blocks of one image (C, H, W) uint8, and what each reduction of the schedule leaves."""
-    weight, spec, prefix = next(fast.model.parameters()), PatchSpec.of(fast.model), fast.backbone.prefix
-    packed, words = fast.pack(normalise(image[None].to(weight.device), spec.mean, spec.std).to(weight.dtype))
+    prefix = fast.backbone.prefix
+    packed, words = fast.pack(prepare(image[None], fast.model))
     gone = _stood_for(words)
     found = [Stage(f"enter the blocks: {prefix + int(words.counts[0])} tokens", words, gone)]
     # Of a model whose head reads prefix tokens only, what the last block would reduce does not happen.
@@ -192,15 +192,13 @@ def word_tiles(fast: VWTokenizer, codebook: Codebook, images: Tensor) -> Tensor:
     chosen = frequent(codebook)
     height, width = spec.patch_size
     if codebook.space == "pixel":
-        channels = len(spec.mean)
+        channels = len(codebook.mean)
         own = codebook.normalised((0.0,) * channels, (1.0,) * channels).words[chosen]
         pictures = own.clamp(0, 1)[None]
     else:
-        weight = next(fast.model.parameters())
         features, pixels = [], []
         for image in images:
-            inputs = normalise(image[None].to(weight.device), spec.mean, spec.std).to(weight.dtype)
-            patches, _, grid = fast.backbone.embed(inputs)
+            patches, _, grid = fast.backbone.embed(prepare(image[None], fast.model))
             features.append(F.normalize(patches[0].float().cpu(), dim=-1))
             pixels.append(patchify(image[None], spec.patch_size, grid)[0])
         likeness = F.normalize(codebook.words[chosen], dim=-1) @ torch.cat(features).T

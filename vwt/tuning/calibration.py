@@ -12,13 +12,12 @@ from tqdm import tqdm
 
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError
-from vwt.models.spec import PatchSpec
+from vwt.models.spec import prepare
 from vwt.reductions.reduction import Reduction
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tokens.attention import run_blocks
 from vwt.tokens.packing import Packed
-from vwt.tokens.patches import normalise
 from vwt.tokens.words import Words, keep_all
 
 BATCH = 16
@@ -53,8 +52,7 @@ def load_images(
         if count < LEAST:
             raise ArgumentError(f"{count} images are asked for; calibration needs at least {LEAST}")
         raise DataError(f"{source} has {len(images)} images that can be read; calibration needs at least {LEAST}")
-    spec, weight = PatchSpec.of(model), next(model.parameters())
-    return normalise(images.to(weight.device), spec.mean, spec.std).to(weight.dtype)
+    return prepare(images, model)
 
 
 @dataclass(frozen=True)
