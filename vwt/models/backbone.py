@@ -31,6 +31,10 @@ class Backbone:
     Args:
         model: see `vwt.VWTokenizer`.
 
+    Attributes:
+        model: the model itself.
+        tower: the model that has the blocks: of a model of images and text its vision tower, else the same.
+
     Raises:
         ModelError: for any other model.
     """
@@ -38,6 +42,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         self.family = family_of(model)
         self.model: Any = model
+        self.tower: Any = self.family.model
 
     @property
     def prefix(self) -> int:

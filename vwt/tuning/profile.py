@@ -407,12 +407,12 @@ def _identity(backbone: Backbone, image_size: tuple[int, int] | None = None) -> 
     """What a profile has in common with the models that it serves, on images of a size."""
     rows, columns = backbone.family.grid(backbone.input_shape[1:] if image_size is None else image_size)
     return {
-        "model": PatchSpec.of(backbone.model).model,
+        "model": PatchSpec.of(backbone.tower).model,
         "depth": backbone.depth,
         "prefix": backbone.prefix,
         "patches": rows * columns,
         "reads_prefix_only": backbone.reads_prefix_only,
-        "dtype": str(next(backbone.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(backbone.tower.parameters()).dtype).removeprefix("torch."),
     }
 
 
