@@ -104,3 +104,8 @@ def test_projection_is_not_recognised_when_a_value_differs(name, index):
     with torch.no_grad():
         other.get_parameter(name)[index] += 0.1
     assert not share_a_checksum(projection(), other)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ModelError, match="builtins.str is not supported: it is of no family"):
+        family_of("vit_tiny_patch16_224")

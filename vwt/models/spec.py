@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def weights_checksum(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: Any) -> Family:
     """The adapter of a model.
 
     Raises:
@@ -108,7 +109,7 @@ def family_of(model: nn.Module) -> Family:
     adapter = _adapter_of(type(model))
     if adapter is not None:
         return adapter(model)
-    for name, part in model.named_modules():
+    for name, part in model.named_modules() if isinstance(model, nn.Module) else ():
         if _adapter_of(type(part)) is not None:
             raise ModelError(
                 f"{kind} is not supported, but its part {name!r} is, a {type(part).__name__}: wrap that part"
