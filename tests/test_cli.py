@@ -288,11 +288,14 @@ def photos(folder):
     write_images(folder / "photos", 16)
 
 
+@pytest.fixture(scope="module")
+def measured():
+    return LatencyProfile.measure(timm.create_model("test_vit").eval(), points=3, runs=1, progress=False)
+
+
 @pytest.fixture
-def profile(capsys):
+def profile(measured, folder):
     """One that says that time goes with tokens, whatever was measured."""
-    assert run(capsys, call("profile", PROFILE))[0] == 0
-    measured = LatencyProfile.load("profile.json")
     per_token = {"block": [1.0 * n for n in measured.counts], "attention": [0.5 * n for n in measured.counts]}
     free = {kind: [0.0] * len(values) for kind, values in measured.reductions.items()}
     known = {**vars(measured), **per_token, "counting": per_token["block"], "reductions": free}
@@ -390,7 +393,7 @@ WRONG = {
             ({"--milliseconds": "3"}, "not allowed with argument --ratio"),
             ({"--plot": "utility.png"}, "--plot draws the utility; give --utility"),
             ({"--dtype": "bfloat16"}, "measured with dtype 'float32', here it is 'bfloat16'"),
-            ({"--out": "absent/schedule.json"}, "cannot write the schedule absent/schedule.json"),
+            ({"--ratio": "1", "--out": "absent/schedule.json"}, "cannot write the schedule absent/schedule.json"),
             ({"--ratio": None, "--utility": ..., "--block": "99"}, "block"),
             ({"--ratio": None, "--utility": ..., "--alpha": "2"}, "alpha is 2.0; expected a weight"),
         ],

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.codebook.test_codebook import bytes_of
+from tests.matrix import matrix
 from tests.test_datasets import write_images
 from vwt import Codebook
 from vwt.cli import main
@@ -20,7 +21,7 @@ from vwt.cli import main
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_codebook.py"
 
 # Runs the script in a child process that kills itself when it calls `target` for the n-th time, for n = 1, 2, ... until
-# a child survives. One process for all, since importing torch takes seconds.
+# a child survives. One process forks them all, since importing torch takes seconds.
 DRIVER = """
 import itertools, json, multiprocessing, os, pkgutil, runpy, signal, sys
 import PIL.Image, torch, vwt.codebook.building, vwt.codebook.features
@@ -45,18 +46,15 @@ def run(script, arguments, target, calls):
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
-script, jobs = json.load(sys.stdin)
-codes = {}
-for name, (arguments, target) in jobs.items():
-    codes[name] = []
-    while not codes[name] or codes[name][-1] == -signal.SIGKILL:
-        out = f"{name}-{len(codes[name])}.zarr"
-        process = multiprocessing.get_context("fork").Process(
-            target=run, args=(script, [*arguments, "--out", out], target, len(codes[name]) + 1)
-        )
-        process.start()
-        process.join()
-        codes[name].append(process.exitcode)
+script, name, arguments, target = json.load(sys.stdin)
+codes = []
+while not codes or codes[-1] == -signal.SIGKILL:
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=(script, [*arguments, "--out", f"{name}-{len(codes)}.zarr"], target, len(codes) + 1)
+    )
+    process.start()
+    process.join()
+    codes.append(process.exitcode)
 json.dump(codes, open("codes.json", "w"))
 """
 
@@ -78,33 +76,31 @@ COMMON = ["images", "--model", "test_vit", "--words", "16", "--iterations", "2",
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="kills and forks processes as on Linux")
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """The folder of all builds that were killed, and the exit codes of each job's processes."""
+@pytest.fixture(scope="module", params=matrix(JOBS, "while counting"))
+def killed(request, tmp_path_factory):
+    """A job, the folder of its builds that were killed, and the exit codes of its processes."""
+    job, (arguments, target) = request.param, JOBS[request.param]
     folder = tmp_path_factory.mktemp("killed")
     (write_images(folder / "images", 11) / "a" / "004.jpg").write_bytes(b"")
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), folder / "weights.safetensors")
-    jobs = {name: ([*COMMON, *arguments], target) for name, (arguments, target) in JOBS.items()}
     subprocess.run(
         [sys.executable, "-c", DRIVER],
-        input=json.dumps([str(SCRIPT), jobs]),
+        input=json.dumps([str(SCRIPT), job, [*COMMON, *arguments], target]),
         text=True,
         cwd=folder,
         env=os.environ | {"SOURCE_DATE_EPOCH": "0", "OMP_WAIT_POLICY": "passive"},  # spinning threads slow each other
         check=True,
         capture_output=True,
     )
-    return folder, json.loads((folder / "codes.json").read_text())
+    return job, folder, json.loads((folder / "codes.json").read_text())
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_killed_build_resumes_to_the_very_bytes(killed, monkeypatch, capsys, job):
-    folder, codes = killed
+def test_killed_build_resumes_to_the_very_bytes(killed, monkeypatch, capsys):
+    job, folder, (*deaths, last) = killed
     monkeypatch.chdir(folder)
     monkeypatch.setattr("vwt.codebook.features._BATCH", 4)
     monkeypatch.setattr("vwt.codebook.building._PATCHES_PER_WORD", (2, 8))
-    *deaths, last = codes[job]
     assert set(deaths) == {-signal.SIGKILL}
     assert last == 0
     whole = Path(f"{job}-{len(deaths)}.zarr")
@@ -121,8 +117,7 @@ def test_killed_build_resumes_to_the_very_bytes(killed, monkeypatch, capsys, job
 
 
 def test_killed_build_is_not_taken_for_a_codebook(killed):
-    folder, codes = killed
-    assert len(codes["while counting"]) > 2
-    for job in JOBS:
-        for path in folder.glob(f"{job}-*.zarr"):
-            assert len(Codebook.load(path)) == 16  # whole, wherever there is one
+    job, folder, codes = killed
+    assert len(codes) > 1
+    for path in folder.glob(f"{job}-*.zarr"):
+        assert len(Codebook.load(path)) == 16  # whole, wherever there is one

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
+from tests.matrix import matrix
 from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, MismatchError, ModelError
 from vwt.models.spec import PatchSpec
@@ -451,9 +453,18 @@ def make_reduced(strategy, schedule, **options):
     return VWTokenizer(model, STRATEGIES[strategy](model), PruningSchedule(SCHEDULES[schedule]))
 
 
-@pytest.fixture(params=[(strategy, schedule) for strategy in STRATEGIES for schedule in SCHEDULES], ids="-".join)
+REDUCED = matrix(
+    ["-".join(case) for case in itertools.product(STRATEGIES, SCHEDULES)],
+    "none-several",
+    "intra-merge",
+    "inter_pixel-absorb",
+    "inter_embedding-prune",
+)
+
+
+@pytest.fixture(params=REDUCED)
 def reduced(request):
-    return make_reduced(*request.param)
+    return make_reduced(*request.param.split("-"))
 
 
 def count_left(counts, schedule):

@@ -9,6 +9,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 
+from tests.matrix import matrix
 from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ModelError
 from vwt.tokens.patches import patchify
@@ -122,7 +123,9 @@ def test_unreduced_is_the_model(pair, batch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("strategy", "schedule"), REDUCED)
+@pytest.mark.parametrize(
+    ("strategy", "schedule"), matrix(REDUCED, ("none", "merge"), ("intra", "prune"), ("inter", "absorb"))
+)
 def test_reduced(pair, strategy, schedule):
     model, images = pair
     make = partial(VWTokenizer, model, STRATEGIES[strategy](model, images), PruningSchedule(SCHEDULES[schedule]))

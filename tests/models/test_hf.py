@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.matrix import matrix
 from vwt import (
     Absorb,
     Codebook,
@@ -127,7 +128,10 @@ def test_unreduced_is_the_model(model, batch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("strategy", "schedule"), REDUCED)
+@pytest.mark.parametrize(
+    ("strategy", "schedule"),
+    matrix(REDUCED, ("none", "merge"), ("intra", "prune"), ("pixel", "none"), ("embedding", "absorb")),
+)
 def test_reduced(model, strategy, schedule):
     images = make_images()
     fast = VWTokenizer(model, STRATEGIES[strategy](model, images), PruningSchedule(SCHEDULES[schedule]))

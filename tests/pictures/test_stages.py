@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from tests.matrix import matrix
 from vwt import Codebook, InterImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, MismatchError
 from vwt.models.spec import PatchSpec
@@ -138,7 +139,7 @@ def test_words_of_another_model(small_vit, image):
         word_tiles(VWTokenizer(small_vit), codebook, image[None])
 
 
-@pytest.mark.parametrize("space", ["pixel", "embedding"])
+@pytest.mark.parametrize("space", matrix(["pixel", "embedding"], "embedding"))
 def test_picture(small_vit, image, space, tmp_path):
     codebook = make_codebook(small_vit, image, space)
     fast = VWTokenizer(small_vit, InterImage(codebook, 0.3), PruningSchedule({1: 10, 2: Merge(5), 3: 5}))

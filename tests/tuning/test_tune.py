@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+from tests.matrix import matrix
 from tests.reductions.test_reductions import make_model
 from tests.test_datasets import write_images
 from tests.tuning.test_calibration import codebook_of, make_images
@@ -283,7 +284,7 @@ def reweighted():
     return model
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", matrix(OTHERS, "seed", "weights"))
 def test_notes_of_something_else_are_not_used(tmp_path, monkeypatch, small, name):
     notes, options = tmp_path / "notes", OTHERS[name]()
     with monkeypatch.context() as patch:
