@@ -217,7 +217,7 @@ class VWTokenizer(nn.Module):
         return self.backbone.head(packed, words, steps), partial(self.backbone.attended, packed, words, steps)
 
     def _changes_nothing(self, images: Tensor) -> bool:
-        return not len(images) or (self.strategy is None and len(self.schedule) == 0)
+        return images.shape[0] == 0 or (self.strategy is None and len(self.schedule) == 0)
 
     def pack(self, images: Tensor) -> tuple[Packed, Words]:
         """Images (B, C, H, W) to the tokens that enter the first block, prefix tokens first, and their Words."""

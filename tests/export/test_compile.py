@@ -115,6 +115,20 @@ def test_reductions_inside_the_blocks_are_one_graph_for_all_images(name, schedul
 
 @pytest.mark.slow
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "schedule"), [("intra", "both"), ("neighbours", "absorb"), ("none", "absorb twice")])
+def test_batches_of_any_size_are_one_graph(name, schedule, dtype):
+    fast = VWTokenizer(make_model(depth=2), FIXED[name](), SCHEDULES[schedule]).to(dtype)
+    compiled, counter = compile_counted(fast, fullgraph=True)
+    for size in (2, 5, 3):
+        (images,) = make_batches(size, 1)
+        images = images.to(dtype)
+        torch._dynamo.mark_dynamic(images, 0)
+        torch.testing.assert_close(compiled(images), fast(images), **(CLOSE if dtype == torch.float32 else {}))
+    assert counter.frame_count == 1
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("pool", POOLS)
 def test_reductions_under_every_pooling_are_one_graph(pool):
     fast = VWTokenizer(make_model(depth=2, **POOLS[pool]), IntraImage(0.4), SCHEDULES["both"])

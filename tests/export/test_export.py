@@ -30,6 +30,7 @@ FIXED = {
 VARYING = {"inter": lambda: make_inter(make_model(), "embedding"), "own": EveryOther}
 CASES = [("intra", pool) for pool in POOLS] + [("none", "token"), ("nothing_dropped", "avg"), ("near", "registers")]
 SCHEDULES = {
+    "none": None,
     "prune": PruningSchedule({1: Prune(10)}),
     "merge": PruningSchedule({1: Merge(10)}),
     "absorb": PruningSchedule({1: Absorb(30)}),
@@ -79,6 +80,15 @@ def test_an_exported_program_reduces_inside_its_blocks(name, pool, schedule):
     torch.testing.assert_close(program(images), fast(images), **CLOSE)
     torch.testing.assert_close(program(others), fast(others), **CLOSE)
     assert (fast(others) - VWTokenizer(fast.model, FIXED[name]())(others)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "pool", "schedule"), [*REDUCED, ("near", "avg", "both"), ("near", "token", "none")])
+def test_an_exported_program_takes_any_number_of_images(name, pool, schedule):
+    fast, (images, others) = make_reduced(name, pool, schedule), make_batches()
+    program = torch.export.export(fast, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
+    for batch in (others, others[:1], torch.cat([images, others, images])):
+        torch.testing.assert_close(program(batch), fast(batch), **CLOSE)
 
 
 @torch.no_grad()

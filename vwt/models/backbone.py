@@ -20,6 +20,7 @@ from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import BlockInputs, Half, run_blocks
 from vwt.tokens.packing import Packed, pack, unpack
 from vwt.tokens.positions import Positions, grid_positions, word_positions
+from vwt.tokens.tensors import equal_lengths, lengthen
 from vwt.tokens.words import Words, fill, keep_all, merge, sum_words
 
 NOTHING: Mapping[int, Reduction] = MappingProxyType({})
@@ -85,12 +86,13 @@ class Backbone:
     def pack_all(self, images: Tensor) -> tuple[Packed, Words]:
         """Images (B, C, H, W) to all their tokens, before anything is reduced."""
         embedded = self.family.embed(images)
-        tokens, lengths = embedded.tokens, (embedded.tokens.shape[1],) * len(images)
+        tokens = embedded.tokens
+        lengths = equal_lengths(tokens.shape[1], images.shape[0])
         places = (
             Positions(embedded.grid, self.prefix, lengths, embedded.rotary) if self.family.needs_positions else None
         )
         packed = Packed(tokens.flatten(0, 1), lengths, places=places)
-        return packed, keep_all(len(images), embedded.grid, images.device)
+        return packed, keep_all(images.shape[0], embedded.grid, images.device)
 
     def pack(self, embedded: Embedded, words: Words, sizes: Tensor | None = None, size_exponent: float = 0.0) -> Packed:
         """Tokens of images to those of their words, prefix tokens first.
@@ -206,7 +208,7 @@ class Backbone:
         """Tokens through the blocks from `start` to before `stop`; see `encode_packed`."""
         steps: list[Step] = []
         blocks = self.blocks[:stop]
-        if not packed.lengths:
+        if packed.images == 0:
             return packed, steps
         self.check_reductions(reductions)
         one_by_one = self._one_by_one(packed)
@@ -294,7 +296,7 @@ class Backbone:
         Returns:
             The tokens (B, n, C), n the most of an image, and what is added to the logits of attention (B, 1, 1, n).
         """
-        sizes = follow(fill(words), steps).sizes.split([length - self.prefix for length in packed.lengths])
+        sizes = follow(fill(words), steps).sizes.split(list(lengthen(packed.lengths, -self.prefix)))
         key_size = pad_sequence([F.pad(own, (self.prefix, 0), value=1.0) for own in sizes], batch_first=True)
         tokens = pad_sequence(list(packed.split()), batch_first=True)
         return tokens, key_size.log().to(tokens.dtype)[:, None, None]
@@ -307,7 +309,7 @@ class Backbone:
         words = follow(fill(words), steps)
         sizes = words.sizes
         if packed.is_dense:
-            images = [(packed.dense(), sizes.view(len(packed.lengths), -1))]
+            images = [(packed.dense(), sizes.view(packed.images, packed.lengths[0] - self.prefix))]
         else:
             runs = zip(packed.split(), sizes.split(list(words.lengths)), strict=True)
             images = [(tokens[None], size[None]) for tokens, size in runs]

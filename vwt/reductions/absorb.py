@@ -35,7 +35,7 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> "Abs
 
 def _among(square: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Rows (B, r) and columns (B, c) of a matrix (B, m, m) of each image: (B, r, c)."""
-    if len(square) == 1:  # gathering is dear at batch 1
+    if square.shape[0] == 1:  # gathering is dear at batch 1
         return square[0].index_select(0, rows[0]).index_select(1, columns[0])[None]
     return select(square, rows).gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
 
@@ -73,7 +73,7 @@ class AbsorbPlan:
 
     def places(self) -> Tensor:
         """See `Plan`."""
-        places = self.kept.new_empty(len(self.kept), self.kept.shape[1] + self.dropped.shape[1])
+        places = self.kept.new_empty(self.kept.shape[0], self.kept.shape[1] + self.dropped.shape[1])
         everything = torch.arange(self.kept.shape[1], device=places.device).expand(self.kept.shape)
         return places.scatter(1, self.kept, everything).scatter(1, self.dropped, self.target)
 

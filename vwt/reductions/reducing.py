@@ -14,6 +14,7 @@ from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import Half, run_blocks
 from vwt.tokens.packing import Packed
 from vwt.tokens.positions import PREFIX, Positions, mean_positions
+from vwt.tokens.tensors import equal_lengths, lengthen
 from vwt.tokens.words import Words, regroup
 
 
@@ -27,7 +28,7 @@ class Step:
     """
 
     plans: list[Plan]
-    counts: tuple[int, ...]
+    counts: Sequence[int]
 
 
 def reduce_between(
@@ -56,8 +57,7 @@ def reduce_between(
         )
     plans = [reduction.plan(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
     after = _apply(plans, before, runs)
-    patches = tuple(length - prefix for length in after.lengths)
-    return run_blocks(mlp, after, one_by_one=one_by_one), Step(plans, patches)
+    return run_blocks(mlp, after, one_by_one=one_by_one), Step(plans, lengthen(after.lengths, -prefix))
 
 
 def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
@@ -70,7 +70,7 @@ def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
         values.append(fewer)
         new_sizes.append(total)
         new_counted.append(plan.count(count, size, total))
-    lengths = tuple(value.shape[1] for value in values for _ in value)
+    lengths = _lengths(values)
     lazy_property = [count for count in new_counted if count is not None]
     bias_on_self = packed.bias_on_self and not isinstance(plans[0], AbsorbPlan)
     places = None if packed.places is None else _move(plans, packed, packed.places, lengths)
@@ -78,7 +78,14 @@ def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
     return Packed(_flat(values), lengths, _flat(new_sizes), counts, places, bias_on_self)
 
 
-def _move(plans: list[Plan], packed: Packed, places: Positions, lengths: tuple[int, ...]) -> Positions:
+def _lengths(values: Sequence[Tensor]) -> Sequence[int]:
+    """Of runs (b, n, C) image after image."""
+    if len(values) == 1:
+        return equal_lengths(values[0].shape[1], values[0].shape[0])
+    return tuple(value.shape[1] for value in values)
+
+
+def _move(plans: list[Plan], packed: Packed, places: Positions, lengths: Sequence[int]) -> Positions:
     """Where the tokens of other lengths are that plans make."""
     runs, prefix = packed.runs(places.rows), places.prefix
     sizes = [None] * len(runs) if packed.sizes is None else packed.runs(packed.sizes)

@@ -93,7 +93,7 @@ class Neighbours(nn.Module):
         colour = (best @ board.contrast > 0).long()
         dropped = (best + board.forbidden.index_select(0, colour)).topk(count, dim=1, sorted=False).indices
         # What is dropped goes to the end, so that the others come first, in their order.
-        order = board.everything.expand(len(best), -1).scatter(1, dropped, best.shape[1]).sort(dim=1).values
+        order = board.everything.expand(best.shape[0], -1).scatter(1, dropped, best.shape[1]).sort(dim=1).values
         standing = board.neighbours.take(torch.add(side.gather(1, dropped), dropped, alpha=4))
         return KeptPatches(order[:, : best.shape[1] - count], grid, dropped, standing, self.times)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vwt.tokens.positions import PREFIX, Positions
-from vwt.tokens.tensors import flat_index
+from vwt.tokens.tensors import Equal, count_images, flat_index, lengthen
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Packed:
     """
 
     values: Tensor
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
     sizes: Tensor | None = None
     key_size: Tensor | None = None
     places: Positions | None = None
@@ -41,7 +41,13 @@ class Packed:
 
     def __post_init__(self) -> None:
         # Stored, so that compiled code can ask without being compiled again for other lengths.
-        object.__setattr__(self, "is_dense", all(length == self.lengths[0] for length in self.lengths))
+        equal = isinstance(self.lengths, Equal) or all(length == self.lengths[0] for length in self.lengths)
+        object.__setattr__(self, "is_dense", equal)
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return count_images(self.lengths)
 
     @property
     def offsets(self) -> Tensor:
@@ -50,7 +56,7 @@ class Packed:
 
     def dense(self) -> Tensor:
         """(B, n, C), where all images have n tokens."""
-        return self.values.view(len(self.lengths), -1 if self.lengths else 0, self.values.shape[-1])
+        return self.runs(self.values)[0]
 
     def split(self) -> tuple[Tensor, ...]:
         """One (n, C) for each image."""
@@ -72,14 +78,14 @@ class Packed:
     def runs(self, values: Tensor) -> list[Tensor]:
         """What belongs to the tokens (T, ...) as dense tensors (b, n, ...): one of all images, or one for each."""
         if self.is_dense:
-            return [values.unflatten(0, (len(self.lengths), -1 if self.lengths else 0))]
+            return [values.view(self.images, self.lengths[0] if self.images else 0, *values.shape[1:])]
         return [run[None] for run in values.split(list(self.lengths))]
 
 
 def pack(
     prefix: Tensor,
     merged: Tensor,
-    counts: tuple[int, ...],
+    counts: Sequence[int],
     sizes: Tensor | None = None,
     places: tuple[Positions, Tensor] | None = None,
     size_exponent: float = 0.0,
@@ -94,7 +100,7 @@ def pack(
         places: of all patches, and (T, 2) float32 where each merged token is.
         size_exponent: p; attention counts a token as size ** p, but once when a token attends to itself.
     """
-    lengths = tuple(prefix.shape[1] + n for n in counts)
+    lengths = lengthen(counts, prefix.shape[1])
     if sizes is not None:
         sizes = _join(sizes.new_ones(*prefix.shape[:2], 1), sizes[:, None], counts)[:, 0]
     key_size = sizes**size_exponent if size_exponent and sizes is not None else None
@@ -107,10 +113,12 @@ def pack(
     return Packed(_join(prefix, merged, counts), lengths, sizes, key_size, moved, bias_on_self=key_size is None)
 
 
-def _join(prefix: Tensor, merged: Tensor, counts: tuple[int, ...]) -> Tensor:
+def _join(prefix: Tensor, merged: Tensor, counts: Sequence[int]) -> Tensor:
     batch, _, width = prefix.shape
-    if len(set(counts)) <= 1:
-        return torch.cat([prefix, merged.view(batch, -1 if batch else 0, width)], dim=1).flatten(0, 1)
+    if isinstance(counts, Equal) or len(set(counts)) <= 1:
+        return torch.cat([prefix, merged.view(batch, counts[0] if count_images(counts) else 0, width)], dim=1).flatten(
+            0, 1
+        )
     return torch.cat([run for pair in zip(prefix, merged.split(list(counts)), strict=True) for run in pair])
 
 

@@ -5,12 +5,13 @@ biases are not: they have to follow the tokens when patches become words.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vwt.tokens.tensors import lazy_property
+from vwt.tokens.tensors import count_images, lazy_property
 from vwt.tokens.words import Words, merge
 
 PREFIX = -1.0  # the row and the column of prefix tokens, which are nowhere
@@ -33,7 +34,7 @@ class Positions:
 
     grid: tuple[int, int]
     prefix: int
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
     table: Tensor | None = None
     at: Tensor | None = None
     whole: bool = True
@@ -45,7 +46,7 @@ class Positions:
             return self.at
         device = None if self.table is None else self.table.device
         every = torch.cat([torch.full((self.prefix, 2), PREFIX, device=device), grid_positions(self.grid, device)])
-        return every.repeat(len(self.lengths), 1)
+        return every.repeat(count_images(self.lengths), 1)
 
     @lazy_property
     def together(self) -> Tensor:
@@ -64,8 +65,9 @@ class Positions:
         if self.at is None:
             assert self.table is not None
             return self.table
-        at = self.at.unflatten(0, (len(self.lengths), -1))[:, self.prefix :]
-        return _by_image(_rotations(self, at.flatten(0, 1)), len(self.lengths))
+        images = count_images(self.lengths)
+        at = self.at.view(images, self.lengths[0], 2)[:, self.prefix :]
+        return _by_image(_rotations(self, at.flatten(0, 1)), images)
 
     @lazy_property
     def apart(self) -> list[Tensor]:
@@ -77,7 +79,7 @@ class Positions:
         """(T,) int64: each token's row in the table of relative positions, in which the prefix token comes first."""
         return torch.where(self.rows[:, 0] < 0, 0, _flat(self.rows, self.grid) + 1)
 
-    def replace(self, at: Tensor, lengths: tuple[int, ...], *, whole: bool) -> "Positions":
+    def replace(self, at: Tensor, lengths: Sequence[int], *, whole: bool) -> "Positions":
         """The places of other tokens of the same images."""
         return replace(self, at=at, lengths=lengths, whole=whole)
 
@@ -97,7 +99,7 @@ def word_positions(words: Words) -> Tensor:
             [1.0000, 1.0000]])
     """
     places = grid_positions(words.grid, words.group.device)
-    return merge(places.expand(len(words.group), -1, -1), words)
+    return merge(places.expand(words.group.shape[0], -1, -1), words)
 
 
 def mean_positions(at: Tensor, sizes: Tensor | None, new: Tensor, count: int) -> Tensor:
@@ -111,7 +113,7 @@ def mean_positions(at: Tensor, sizes: Tensor | None, new: Tensor, count: int) ->
     """
     weights = at.new_ones(at.shape[:2]) if sizes is None else sizes
     weighted = torch.cat([at * weights[..., None], weights[..., None]], dim=-1)
-    sums = at.new_zeros(len(at), count, 3).scatter_add(1, new[..., None].expand(-1, -1, 3), weighted)
+    sums = at.new_zeros(at.shape[0], count, 3).scatter_add(1, new[..., None].expand(-1, -1, 3), weighted)
     return sums[..., :2] / sums[..., 2:]
 
 
@@ -127,7 +129,7 @@ def _flat(at: Tensor, grid: tuple[int, int]) -> Tensor:
 def _by_image(rows: Tensor, images: int) -> Tensor:
     """(..., B n, 2d) to (B, 1, n, 2d) or, where blocks and heads have their own, (depth, B, H, n, 2d)."""
     own = rows.ndim > 2
-    rows = rows.unflatten(-2, (images, -1))
+    rows = rows.view(*rows.shape[:-2], images, -1, rows.shape[-1])
     return rows.transpose(1, 2) if own else rows[:, None]
 
 

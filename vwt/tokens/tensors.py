@@ -1,6 +1,6 @@
 """Small helpers over tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -26,11 +26,47 @@ class lazy_property(Generic[Value]):
         return value
 
 
+class Equal(Sequence[int]):
+    """The same number of tokens for each of some images, as a tuple, except that the images may be of any number.
+
+    torch.export and torch.compile fix the number of a tuple's members.
+    """
+
+    def __init__(self, length: int, images: int) -> None:
+        self.length, self.images = length, images
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.length if isinstance(index, int) else tuple(self)[index]
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.length,) * self.images)
+
+
+def equal_lengths(length: int, images: int) -> Sequence[int]:
+    """So many tokens for each image."""
+    return Equal(length, images) if torch.compiler.is_compiling() else (length,) * images
+
+
+def count_images(lengths: Sequence[int]) -> int:
+    """How many images have these lengths."""
+    return lengths.images if isinstance(lengths, Equal) else len(lengths)
+
+
+def lengthen(lengths: Sequence[int], by: int) -> Sequence[int]:
+    """So many tokens more for each image, or fewer."""
+    if isinstance(lengths, Equal):
+        return Equal(lengths.length + by, lengths.images)
+    return tuple(length + by for length in lengths)
+
+
 def flat_index(index: Tensor, count: int) -> Tensor:
     """Places (B, k) in images of `count` rows each, to rows (B·k,) of all images one after another."""
-    if len(index) == 1:
+    if index.shape[0] == 1:
         return index[0]
-    return (index + count * torch.arange(len(index), device=index.device)[:, None]).flatten()
+    return (index + count * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

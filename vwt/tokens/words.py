@@ -3,12 +3,13 @@
 Patches, not prefix tokens: class and register tokens never come here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vwt.tokens.tensors import flat_index, lazy_property
+from vwt.tokens.tensors import Equal, count_images, equal_lengths, flat_index, lazy_property
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +35,17 @@ class Words:
     kept: Tensor | None = None
 
     @lazy_property
-    def lengths(self) -> tuple[int, ...]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each image as Python integers (one device synchronisation, if counts vary)."""
         if self.count is not None:
-            return (self.count,) * self.group.shape[0]
+            return equal_lengths(self.count, (self.group if self.kept is None else self.kept).shape[0])
         return tuple(self.counts.tolist())
+
+    @property
+    def number(self) -> int:
+        """T, tokens of all images."""
+        lengths = self.lengths
+        return lengths.length * lengths.images if isinstance(lengths, Equal) else sum(lengths)
 
     @lazy_property
     def rows(self) -> Tensor:
@@ -52,7 +59,7 @@ class Words:
         inside = (self.group >= 0).float()
         if self.count is None:
             return sum_words(inside[..., None], self)[:, 0]
-        sums = inside.new_zeros(len(inside), self.count)
+        sums = inside.new_zeros(inside.shape[0], self.count)
         return sums.scatter_add(1, self.group.clamp(min=0), inside).flatten()
 
 
@@ -132,15 +139,15 @@ class KeptPatches(Words):
     @lazy_property
     def counts(self) -> Tensor:
         """See `Words`."""
-        return self.kept.new_full((len(self.kept),), self.kept.shape[1])
+        return self.kept.new_full(self.kept.shape[:1], self.kept.shape[1])
 
     @lazy_property
     def sizes(self) -> Tensor:
         """See `Words`."""
         ones = self.kept.new_ones(1, dtype=torch.float32)
         if self.dropped is None:
-            return ones.expand(self.kept.numel())
-        every = ones.expand(len(self.kept), self.grid[0] * self.grid[1])
+            return ones.expand(self.kept.shape[0] * self.kept.shape[1])
+        every = ones.expand(self.kept.shape[0], self.grid[0] * self.grid[1])
         return every.scatter_add(1, self.standing, ones.expand(self.standing.shape)).gather(1, self.kept).flatten()
 
 
@@ -188,7 +195,7 @@ def _merge_kept(tokens: Tensor, words: KeptPatches) -> Tensor:
     return merged.div_((words.sizes[:, None] - 1) / words.times + 1).to(tokens.dtype)
 
 
-def regroup(words: Words, places: Tensor, counts: tuple[int, ...], times: Tensor | None = None) -> Words:
+def regroup(words: Words, places: Tensor, counts: Sequence[int], times: Tensor | None = None) -> Words:
     """Words whose tokens were made into fewer ones, each a mean weighted by the patches that the former stood for.
 
     Args:
@@ -197,17 +204,19 @@ def regroup(words: Words, places: Tensor, counts: tuple[int, ...], times: Tensor
         counts: new tokens of each image.
         times: (T,) float32, how often each counts in its mean, beside its size; None where once each.
     """
-    count = counts[0] if words.count is not None and counts else None
+    count = counts[0] if words.count is not None and count_images(counts) else None
+    if count is not None:
+        left = places.new_full(words.group.shape[:1], count)
+    else:
+        left = torch.tensor(counts, dtype=torch.int64, device=places.device)
     new = Words(
-        torch.where(words.group >= 0, places[words.rows.clamp(min=0)], -1),
-        words.weight,
-        torch.tensor(counts, dtype=torch.int64, device=places.device),
-        words.grid,
-        count,
+        torch.where(words.group >= 0, places[words.rows.clamp(min=0)], -1), words.weight, left, words.grid, count
     )
     amount = words.sizes if times is None else words.sizes * times
-    offsets = (new.counts.cumsum(0) - new.counts).repeat_interleave(words.counts)
-    total = amount.new_zeros(sum(counts)).index_add(0, places + offsets, amount)
+    offsets = (new.counts.cumsum(0) - new.counts).repeat_interleave(
+        words.counts if words.count is None else words.count
+    )
+    total = amount.new_zeros(new.number).index_add(0, places + offsets, amount)
     share = amount[words.rows.clamp(min=0)] / total[new.rows.clamp(min=0)]
     return replace(new, weight=words.weight * share)
 
@@ -250,7 +259,7 @@ def _any(flags: Tensor) -> bool:
 
 def sum_words(values: Tensor, words: Words) -> Tensor:
     """Sum of the values (B, N, C) of the patches of each token: (T, C)."""
-    total = sum(words.lengths)
+    total = words.number
     index = torch.where(words.group >= 0, words.rows, total)  # one row more, for what is dropped
     sums = values.new_zeros(total + 1, values.shape[-1])
     return sums.index_add(0, index.flatten(), values.flatten(0, 1))[:total]
