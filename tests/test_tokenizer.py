@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import ResPostBlock
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from tests.matrix import matrix
@@ -738,3 +739,18 @@ def test_a_reduction_that_does_not_happen_is_warned_of():
     fast = VWTokenizer(model, schedule=PruningSchedule({1: Absorb(4)}))
     with pytest.warns(UserWarning, match="removed none of the tokens"):
         fast(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("options", [{"layer_decay": 0.7}, {}], ids=["layer_decay", "weight_decay"])
+def test_optimizers_of_timm_group_the_parameters_as_those_of_the_model(small_vit, options):
+    def groups(module):
+        optimizer = create_optimizer_v2(module, opt="adamw", lr=0.1, weight_decay=0.05, **options)
+        names = {id(parameter): name for name, parameter in small_vit.named_parameters()}
+        return [
+            ({names[id(p)] for p in group["params"]}, group["weight_decay"], group.get("lr_scale"))
+            for group in optimizer.param_groups
+        ]
+
+    expected = groups(small_vit)
+    assert any("pos_embed" in names and not decay for names, decay, _ in expected)
+    assert groups(VWTokenizer(small_vit, IntraImage(0.5))) == expected

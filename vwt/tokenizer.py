@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -24,9 +25,7 @@ from vwt.tuning.schedule import PruningSchedule
 
 # Methods of the model that mean the same on the wrapper. Those that compute are not among them: the model's own would
 # silently run on all tokens.
-_DELEGATED = frozenset(
-    {"get_classifier", "reset_classifier", "no_weight_decay", "group_matcher", "set_grad_checkpointing"}
-)
+_DELEGATED = frozenset({"get_classifier", "reset_classifier", "set_grad_checkpointing"})
 
 
 class VWTokenizer(nn.Module):
@@ -69,6 +68,7 @@ class VWTokenizer(nn.Module):
         if schedule is not None and not isinstance(schedule, PruningSchedule):
             raise ArgumentError(f"schedule is {schedule!r}; expected vwt.PruningSchedule({{block: tokens to remove}})")
         self.backbone = Backbone(model)
+        self.family = self.backbone.family
         if check:
             check_parts(self.backbone)
         self.schedule = schedule or PruningSchedule({})
@@ -89,17 +89,20 @@ class VWTokenizer(nn.Module):
     def forward(self, images: Tensor | None = None, **options: Any) -> Any:
         """Images (B, C, H, W), normalised for the model, to what `model(images)` would return.
 
-        Models of transformers may be given them as `pixel_values`, as they are themselves. Models of images and text
-        take all else by name too, and answer for it: `fast(images, input_ids=...)`; they have their other methods
-        beside this one, such as `fast.generate(pixel_values=images)`.
+        Models of transformers may be given them as `pixel_values`, as they are themselves, and classifiers `labels`
+        too, for a loss. Models of images and text take all else by name, and answer for it: `fast(images,
+        input_ids=...)`; they have their other methods beside this one, such as `fast.generate(pixel_values=images)`.
 
         Raises:
             ImageError: for images of the wrong shape, size or dtype.
         """
-        if self.backbone.family.parent is not None:
+        if self.family.parent is not None:
             return self._call("forward", images, **options)
+        labels = options.pop("labels", None)
+        if labels is not None:
+            return self.family.with_loss(self.forward(images, **options), labels)
         if images is None or options:
-            images = self.backbone.family.arguments(images, options)
+            images = self.family.arguments(images, options)
         images = self.backbone.check(images)
         if self._changes_nothing(images):
             return self.model(images)
@@ -118,7 +121,7 @@ class VWTokenizer(nn.Module):
         """
         self.backbone.check(images)
         if unmerge and self._changes_nothing(images):
-            return self.backbone.family.forward_features(images)
+            return self.family.forward_features(images)
         packed, words = self.pack(images)
         packed, steps = self.backbone.encode_packed(packed, self.schedule)
         return self.backbone.to_grid(packed, words, steps) if unmerge else (packed, follow(words, steps))
@@ -198,20 +201,20 @@ class VWTokenizer(nn.Module):
 
     def _call(self, method: str, images: Tensor | None = None, **options: Any) -> Any:
         """A method of a model of images and text, which sees fewer tokens of the images."""
-        whole = self.backbone.family.parent
+        whole = self.family.parent
         assert whole is not None
         if images is not None and "pixel_values" in options:
             raise ArgumentError(f"{method} is given images twice, first and as pixel_values; give them once")
         given = options if images is None else {"pixel_values": images, **options}
         if given.get("pixel_values") is not None:
             self.backbone.check(given["pixel_values"])
-        return whole.call(method, self._see, given)
+        return whole.call(method, self._encode_images, given)
 
-    def _see(self, images: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, Tensor]] | None]:
+    def _encode_images(self, images: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, Tensor]] | None]:
         """What the vision tower answers to images (B, C, H, W), and, if they were reduced, what gives their tokens."""
         images = self.backbone.check(images)
         if self._changes_nothing(images):
-            return self.backbone.family.forward(images), None
+            return self.family.forward(images), None
         packed, words = self.pack(images)
         packed, steps = self.backbone.encode_packed(packed, self.schedule)
         return self.backbone.head(packed, words, steps), partial(self.backbone.attended, packed, words, steps)
@@ -268,7 +271,7 @@ class VWTokenizer(nn.Module):
 
     def _reduce(self, images: Tensor) -> tuple[Embedded, Words]:
         """Tokens with position, not yet merged, and the Words that the strategy makes of them."""
-        embedded = self.backbone.family.embed(images)
+        embedded = self.family.embed(images)
         pixels = self.strategy.space != "embedding"
         features = patchify(images, self._patch_size, embedded.grid) if pixels else embedded.project()
         if not self.strategy.fixed_count and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
@@ -284,16 +287,35 @@ class VWTokenizer(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            whole = self.backbone.family.parent
+            whole = self.family.parent
             if whole is not None and name in whole.methods:
                 return partial(self._call, name)
             value = getattr(self.model, name)
+            if name in _OF_PARAMETERS:
+                return partial(_OF_PARAMETERS[name], self.model)
             if callable(value) and not isinstance(value, nn.Module) and name not in _DELEGATED:
                 raise AttributeError(
                     f"VWTokenizer does not pass on {name!r}: the model's own {type(self.model).__name__}.{name} knows "
                     f"nothing of reduced tokens; where that is meant, call it as .model.{name}"
                 ) from None
             return value
+
+
+def _no_weight_decay(model: Any) -> set[str]:
+    return {f"model.{name}" for name in model.no_weight_decay()}
+
+
+def _group_matcher(model: Any, coarse: bool = False) -> Callable[[str], int]:
+    layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    return lambda name: layers[name.removeprefix("model.")]
+
+
+# Methods of the model that speak of its parameters by name, as timm's optimizers ask for them: here these names begin
+# with "model.".
+_OF_PARAMETERS: dict[str, Callable[..., Any]] = {
+    "no_weight_decay": _no_weight_decay,
+    "group_matcher": _group_matcher,
+}
 
 
 def _drop_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

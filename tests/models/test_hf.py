@@ -268,6 +268,24 @@ def test_gradients_flow():
     assert model.vit.layers[0].attention.q_proj.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if "classifier" in name])
+def test_labels_give_the_models_own_loss(name):
+    model, images, labels = make_model(name), make_images(), torch.arange(5)
+    fast = VWTokenizer(model)
+    assert torch.equal(fast(pixel_values=images, labels=labels).loss, model(images, labels=labels).loss)
+    fast = VWTokenizer(model, IntraImage(0.3))
+    output = fast(images, labels=labels)
+    assert torch.equal(output.logits, fast(images).logits)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    model.config.return_dict = False
+    assert [one.shape for one in fast(images, labels=labels)] == [(), (5, 10)]
+
+
+def test_labels_of_a_tower_are_refused():
+    with pytest.raises(ArgumentError, match="CLIPVisionModel computes no loss; call it without labels"):
+        VWTokenizer(make_model("clip"))(make_images(), labels=torch.arange(5))
+
+
 def test_eager_attention_is_refused():
     model = ViTModel._from_config(ViTConfig(**WIDE), attn_implementation="eager")
     with pytest.raises(ModelError, match=r"attends with 'eager'.*attn_implementation=\"sdpa\""):
@@ -278,7 +296,7 @@ def test_eager_attention_is_refused():
 
 def test_more_outputs_are_refused():
     model = make_model("clip")
-    with pytest.raises(ArgumentError, match="takes pixel_values alone, without output_hidden_states"):
+    with pytest.raises(ArgumentError, match=r"without output_hidden_states; .* call forward_intermediates"):
         VWTokenizer(model)(make_images(), output_hidden_states=True)
     with pytest.raises(ArgumentError, match="without attention_mask"):
         VWTokenizer(model)(make_images(), attention_mask=torch.ones(5, 17), return_dict=True)

@@ -51,8 +51,8 @@ class Parent(Protocol):
     model: Any
     methods: tuple[str, ...]  # of the model, that can be called
 
-    def call(self, method: str, see: Callable[[Tensor], Any], options: dict[str, Any]) -> Any:
-        """One of `methods` with options by name; `see` takes images to the reduced tower's answer."""
+    def call(self, method: str, encode_images: Callable[[Tensor], Any], options: dict[str, Any]) -> Any:
+        """One of `methods` with options by name; `encode_images` gives the reduced tower's output."""
         ...
 
 
@@ -115,6 +115,14 @@ class Family:
         if options:
             raise ArgumentError(f"VWTokenizer takes images alone, without {', '.join(options)}; call it without")
         return images
+
+    def with_loss(self, output: Any, labels: Tensor) -> Any:
+        """The model's output with the loss that the model computes of it and labels (B,).
+
+        Raises:
+            ArgumentError: if it computes none.
+        """
+        raise ArgumentError(f"{type(self.model).__name__} computes no loss; call it without labels")
 
     # -- images --------------------------------------------------------------------------------------------------------
 

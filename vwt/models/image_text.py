@@ -1,9 +1,9 @@
 """transformers' models of images and text, of which a vision tower is a part: CLIP, SigLIP, and BLIP with its captions.
 
-Nothing of their forward passes or of `generate` is copied either. They run as they are, on a twin that shares all that
-the model has, but for two parts: its vision tower answers with what is made of fewer tokens, on the full grid, and its
-text model, where that attends the image, is handed the fewer tokens themselves. A token counts there as often as
-patches that it stands for, which is as if the full grid were attended.
+Nothing of their forward passes or of `generate` is copied either. They run as they are, on a shallow copy that shares
+all that the model has, but for two parts: its vision tower answers with what is made of fewer tokens, on the full grid,
+and its text model, where that attends the image, is handed the fewer tokens themselves. A token counts there as often
+as patches that it stands for, which is as if the full grid were attended.
 """
 
 import copy
@@ -23,7 +23,7 @@ from transformers.models.siglip.modeling_siglip import SiglipModel
 
 # Images to the tower's answer, and, if they were reduced, what gives tokens (B, n, C) and the bias (B, 1, 1, n) with
 # which to attend them.
-See: TypeAlias = Callable[[Tensor], tuple[Any, Callable[[], tuple[Tensor, Tensor]] | None]]
+EncodeImages: TypeAlias = Callable[[Tensor], tuple[Any, Callable[[], tuple[Tensor, Tensor]] | None]]
 
 
 VISION = "vision_model"
@@ -52,36 +52,40 @@ class ImageTextModel:
 
     def __init__(self, model: nn.Module, arguments: Callable[[Tensor | None, dict[str, Any]], Tensor | None]) -> None:
         self.model, self.arguments = model, arguments
-        self.methods, self.reader = next(own for kind, own in IMAGE_TEXT_MODELS.items() if isinstance(model, kind))
+        self.methods, self.text_model = next(own for kind, own in IMAGE_TEXT_MODELS.items() if isinstance(model, kind))
 
-    def call(self, method: str, see: See, options: dict[str, Any]) -> Any:
+    def call(self, method: str, encode_images: EncodeImages, options: dict[str, Any]) -> Any:
         """One of `methods`, as the model's class has it, with options by name."""
-        twin = copy.copy(self.model)
-        eyes = _VisionProxy(see, self.arguments)
-        parts: dict[str, Any] = {VISION: eyes}
-        if self.reader is not None:
-            parts[self.reader] = _TextProxy(_heeding_masks(getattr(self.model, self.reader)), eyes)
-        twin.__dict__.update(parts)  # found before the modules of these names, which the model shares
-        return getattr(type(self.model), method)(twin, **options)
+        shallow = copy.copy(self.model)
+        vision = _VisionProxy(encode_images, self.arguments)
+        parts: dict[str, Any] = {VISION: vision}
+        if self.text_model is not None:
+            parts[self.text_model] = _TextProxy(
+                _with_cross_attention_mask(getattr(self.model, self.text_model)), vision
+            )
+        shallow.__dict__.update(parts)  # found before the modules of these names, which the model shares
+        return getattr(type(self.model), method)(shallow, **options)
 
 
 class _VisionProxy:
-    """In the place of the vision tower; remembers what it saw."""
+    """In the place of the vision tower; remembers the tokens of its last images."""
 
-    def __init__(self, see: See, arguments: Callable[[Tensor | None, dict[str, Any]], Tensor | None]) -> None:
-        self.see, self.arguments = see, arguments
+    def __init__(
+        self, encode_images: EncodeImages, arguments: Callable[[Tensor | None, dict[str, Any]], Tensor | None]
+    ) -> None:
+        self.encode_images, self.arguments = encode_images, arguments
         self.attended: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, pixel_values: Tensor | None = None, **options: Any) -> Any:
-        output, self.attended = self.see(self.arguments(pixel_values, options))  # type: ignore[arg-type]
+        output, self.attended = self.encode_images(self.arguments(pixel_values, options))  # type: ignore[arg-type]
         return output
 
 
 class _TextProxy:
-    """In the place of a text model: attends what was seen, whatever it is told to attend of the image."""
+    """In the place of a text model: its cross attention gets the reduced tokens in the place of the image tokens."""
 
-    def __init__(self, model: Any, eyes: _VisionProxy) -> None:
-        self.model, self.eyes = model, eyes
+    def __init__(self, model: Any, vision: _VisionProxy) -> None:
+        self.model, self.vision = model, vision
 
     def __call__(self, **options: Any) -> Any:
         return self.model(**self._attending(options))
@@ -90,23 +94,23 @@ class _TextProxy:
         return self.model.generate(**self._attending(options))
 
     def _attending(self, options: dict[str, Any]) -> dict[str, Any]:
-        if self.eyes.attended is None or options.get("encoder_hidden_states") is None:
+        if self.vision.attended is None or options.get("encoder_hidden_states") is None:
             return options
-        tokens, bias = self.eyes.attended()
+        tokens, bias = self.vision.attended()
         return {**options, "encoder_hidden_states": tokens, "encoder_attention_mask": bias}
 
 
-def _heeding_masks(module: nn.Module) -> nn.Module:
-    """A twin of a text model that heeds the mask of the image.
+def _with_cross_attention_mask(module: nn.Module) -> nn.Module:
+    """A shallow copy of a text model whose cross attention reads the mask of the image.
 
     The layers of transformers 5.23 hand it to their cross attention as `attention_mask`, where that reads
     `encoder_attention_mask`, so that whatever is given is ignored without a word.
     """
-    twin = copy.copy(module)
-    twin._modules = {name: child and _heeding_masks(child) for name, child in module._modules.items()}
+    shallow = copy.copy(module)
+    shallow._modules = {name: child and _with_cross_attention_mask(child) for name, child in module._modules.items()}
     if isinstance(module, BlipTextSelfAttention):
-        twin.forward = partial(_attend, module.forward)
-    return twin
+        shallow.forward = partial(_attend, module.forward)
+    return shallow
 
 
 def _attend(

@@ -86,9 +86,18 @@ class Tower(Family):
         if options:
             raise ArgumentError(
                 f"{type(self.model).__name__} on fewer tokens takes pixel_values alone, without {', '.join(options)}; "
-                "call it without, or the model itself as .model"
+                "call it without, or the model itself as .model; for the hidden states of its blocks on the full grid, "
+                "call forward_intermediates(images)"
             )
         return images
+
+    def with_loss(self, output: Any, labels: Tensor) -> Any:
+        """See `Family`; classifiers compute it of their logits."""
+        if not self.has_classes:
+            return super().with_loss(output, labels)
+        loss = self.model.loss_function(labels, output[0], self.model.config)
+        output = ImageClassifierOutput(loss=loss, logits=output[0])
+        return output if self.model.config.return_dict else output.to_tuple()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """See `Family`."""

@@ -128,7 +128,7 @@ class Calibration:
         self._enter(VWTokenizer(model))
         self.backbone.check_alone()
         self.backbone.check(images)
-        family = self.backbone.family
+        family = self.fast.family
         self._anchors: Tensor | None = None
         with torch.inference_mode():
             batches = tqdm(images.split(BATCH), desc="full model", unit="batch", disable=not progress)
@@ -188,7 +188,7 @@ class Calibration:
             batch = self._batch(index)
             start = min(min(reductions, default=self.backbone.depth), len(batch.entering) - 1)
             answer = self.backbone.classify(batch.entering[start], batch.words, reductions, start)
-            reduced.append(self._logits(self.backbone.family.vectors(answer), index))
+            reduced.append(self._logits(self.fast.family.vectors(answer), index))
         return compare(torch.cat(self.full[: len(reduced)]), torch.cat(reduced))
 
     @torch.inference_mode()
@@ -219,7 +219,7 @@ class Calibration:
         """
         if not 0 <= block < self.backbone.depth:
             raise ArgumentError(f"block is {block}; expected an index from 0 to {self.backbone.depth - 1}")
-        rows, columns = self.backbone.family.grid((self.images.shape[2], self.images.shape[3]))
+        rows, columns = self.fast.family.grid((self.images.shape[2], self.images.shape[3]))
         prefix, most = self.backbone.prefix, self.backbone.prefix + rows * columns
         if self.fast.strategy is not None or not counts or not all(prefix < count <= most for count in counts):
             raise ArgumentError(
@@ -245,7 +245,7 @@ class Calibration:
                 packed_left, _ = self.backbone.run(left, start=block + 1)
                 words = keep_all(len(full), (1, count - prefix), full.device)  # as if there had been no others
                 answer = self.backbone.head(self.backbone.final_norm(packed_left), words)
-                right[count].append(self._logits(self.backbone.family.vectors(answer), index).argmax(-1) == target)
+                right[count].append(self._logits(self.fast.family.vectors(answer), index).argmax(-1) == target)
         return {count: float(torch.cat(flags).float().mean()) for count, flags in right.items()}
 
 
