@@ -14,8 +14,9 @@ import vwt
 from tests.codebook.test_codebook import Trap, bytes_of
 from tests.test_datasets import write_images
 from vwt import LatencyProfile, Plan, PruningSchedule
-from vwt.cli import build_summary, main, read_strategy
+from vwt.cli import COMMANDS, main
 from vwt.codebook.building import BuildConfig, BuildReport
+from vwt.commands import OPTIONS, build_summary, read_strategy
 from vwt.tuning import tune as tuning
 
 PIXEL = {"--model": "test_vit", "--space": "pixel", "--words": "16", "--out": "w.zarr", "--workers": "0"}
@@ -73,8 +74,9 @@ def one_line(status, out, err):
         (PIXEL | {"--space": "sound"}, "images", "argument --space: invalid choice: 'sound'"),
         (PIXEL | {"--backend": "abacus"}, "images", "argument --backend: invalid choice: 'abacus'"),
         (PIXEL | {"--colour": "red"}, "images", "unrecognized arguments: --colour red"),
-        (PIXEL | {"--out": "notes.safetensors"}, "images", "notes.safetensors exists; choose another name"),
-        (PIXEL | {"--out": "notes.safetensors/w.zarr"}, "images", "could not write"),
+        (PIXEL | {"--out": "notes.safetensors"}, "images", r"notes.safetensors; expected NAME.zarr or NAME.zarr.zip"),
+        (PIXEL | {"--out": "notes.safetensors/w.zarr"}, "images", "there is no such folder"),
+        (PIXEL | {"--out": "absent/w.zarr"}, "images", "cannot write absent/w.zarr: there is no such folder; make it"),
         (PIXEL | {"--model": "vit_of_the_future"}, "images", r"has no model 'vit_of_the_future'; see timm.list_models"),
         (PIXEL | {"--model": "test_vit.of_the_future"}, "images", "test_vit.of_the_future"),
         (PIXEL | {"--model": "test_resnet"}, "images", "ResNet has no patch embedding"),
@@ -183,7 +185,7 @@ def interrupted(*_, **__):
 
 
 def test_interrupt_is_one_line_with_the_way_on(capsys, monkeypatch):
-    monkeypatch.setattr("vwt.cli.run_build", interrupted)
+    monkeypatch.setattr("vwt.commands.run_build", interrupted)
     status, out, err = run(capsys, command(PIXEL))
     assert (status, out, err.strip()) == (130, "", "vwt: interrupted; go on with --resume")
 
@@ -198,7 +200,7 @@ def test_interrupted_build_goes_on_only_with_resume(capsys, monkeypatch):
 
 def test_bug_is_not_hidden(monkeypatch):
     """Only what a user can cause becomes a line; anything else keeps its traceback."""
-    monkeypatch.setattr("vwt.cli.run_build", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("vwt.commands.run_build", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(command(PIXEL))
 
@@ -365,6 +367,73 @@ def test_tune(capsys, photos, folder, monkeypatch):
     assert plan.apply(model)(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("profile", PROFILE | {"--out": "absent/profile.json"}),
+        ("schedule", SCHEDULE | {"--out": "absent/schedule.json"}),
+        ("tune", TUNE | {"--out": "absent/plan.json"}),
+        ("tune", {name: value for name, value in TUNE.items() if name != "--ratio"}),
+        ("profile", PROFILE | {"--model": "convnext_tiny"}),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(capsys, photos, profile, monkeypatch, name, options):
+    for long in ("create_model", "load_images"):
+        monkeypatch.setattr(f"vwt.commands.{long}", lambda *_, **__: pytest.fail("came too late"))
+    one_line(*run(capsys, call(name, options)))
+
+
+def test_a_profile_of_the_threads_that_are_asked_for(capsys, photos, profile):
+    """The profile is compared with the threads that the command sets."""
+    threads = torch.get_num_threads()
+    try:
+        status, _, err = run(capsys, call("schedule", SCHEDULE | {"--threads": str(threads + 1)}))
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0
+    assert err.count(f"measured with {threads} threads, here torch has {threads + 1}") == 1
+
+
+def test_every_command_has_its_options():
+    assert list(COMMANDS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_no_empty_defaults(capsys, name):
+    status, out, _ = run(capsys, [name, "--help"])
+    assert status == 0
+    assert not re.search(r"default:\s+(None|False|\[\])", out)
+
+
+def test_help_imports_nothing_that_takes_seconds():
+    code = (
+        "import sys, vwt.cli\ntry: vwt.cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print({'torch', 'timm', 'numpy'} & {*sys.modules})"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "set()"
+
+
+def test_an_interrupt_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(OPTIONS, "env", interrupted)
+    assert run(capsys, ["env"]) == (130, "", "\nvwt: interrupted\n")
+
+
+def test_every_public_name_can_be_had():
+    for name in vwt.__all__:
+        assert getattr(vwt, name).__name__ == name
+    assert set(vwt.__all__) <= set(dir(vwt))
+    with pytest.raises(AttributeError, match="module 'vwt' has no attribute 'nonsense'"):
+        vwt.nonsense  # noqa: B018
+
+
+def test_models_that_are_known_are_answered_beside_others(capsys):
+    status, out, err = run(capsys, ["models", "test_vit", "nonsense", "test_resnet"])
+    assert status == 2
+    assert [line.split(":")[0] for line in out.splitlines()] == ["test_vit", "test_resnet"]
+    assert "has no model 'nonsense'" in err
+
+
 WRONG = {
     "profile": (
         PROFILE,
@@ -377,8 +446,9 @@ WRONG = {
             ({"--dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
             ({"--plot": "picture.txt"}, "cannot draw picture.txt; expected a .png, .svg or .pdf"),
             ({"--out": "absent/profile.json"}, "cannot write the profile absent/profile.json"),
+            ({"--out": "profile.txt"}, "cannot write the profile profile.txt; expected a name that ends in .json"),
             ({"--checkpoint": "missing.pt"}, "no checkpoint file at missing.pt"),
-            ({"--model": "test_resnet", "--checkpoint": "notes.safetensors"}, "test_resnet"),
+            ({"--model": "test_resnet", "--checkpoint": "notes.safetensors"}, "test_resnet: no. .*ResNet is not supp"),
         ],
     ),
     "schedule": (

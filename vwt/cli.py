@@ -1,37 +1,41 @@
-"""The command `vwt`: a thin layer over the library. Errors are one line on stderr and exit status 2."""
+"""The command `vwt`: a thin layer over the library. Errors are one line on stderr and exit status 2.
+
+What commands need is imported when one is called, so that help is there at once.
+"""
 
 import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
-from torch import nn
+from vwt.errors import VWTError
 
-from vwt.codebook.building import BACKENDS, BuildConfig, BuildReport, run_build
-from vwt.codebook.codebook import Codebook
-from vwt.datasets import ImageSource, check_source, read_image
-from vwt.energy.meter import environment_report
-from vwt.energy.sensors import POWERCAP
-from vwt.errors import ArgumentError, VWTError, first_line
-from vwt.models.create import create_model
-from vwt.models.support import find_support, list_families
-from vwt.pictures.charts import plot_profile, plot_utility
-from vwt.pictures.figures import check_picture
-from vwt.pictures.stages import save_stages
-from vwt.strategies.inter_image import InterImage
-from vwt.strategies.intra_image import IntraImage
-from vwt.strategies.neighbours import Neighbours
-from vwt.strategies.strategy import Strategy
-from vwt.tokenizer import VWTokenizer
-from vwt.tokens.patches import SPACES
-from vwt.tuning.calibration import ENOUGH, Calibration, load_images
-from vwt.tuning.plan import Plan
-from vwt.tuning.profile import POINTS, RUNS, LatencyProfile
-from vwt.tuning.schedule import PruningSchedule
-from vwt.tuning.tune import tune
+# By name, what a command does in short, and in full.
+COMMANDS = {
+    "build": (
+        "cluster the patches of a data set into a codebook",
+        "Cluster the patches of a data set into a codebook of visual words.",
+    ),
+    "profile": (
+        "measure what tokens cost on this device",
+        "Measure the latency of a model's parts over token counts, on this device.",
+    ),
+    "schedule": (
+        "choose which blocks prune or merge how many tokens",
+        "Choose which blocks prune or merge how many tokens: within a budget, or by the paper's utility.",
+    ),
+    "tune": (
+        "find the best plan for a model on this device",
+        "Find what changes a model's answers least within a budget, or the fastest that keeps enough.",
+    ),
+    "show": (
+        "draw what is done to an image",
+        "Draw an image, its words, what each reduction leaves of it, and the codebook's frequent words.",
+    ),
+    "env": ("print devices, energy sensors, threads and versions", None),
+    "models": ("list the families of models, or say whether a model is supported", None),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,10 +46,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _Command(Parser):
+    """A command, which gets its options when it is called."""
+
+    name = ""
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """See argparse."""
+        from vwt.commands import OPTIONS  # torch, timm and faiss take seconds
+
+        OPTIONS[self.name](self)
+        return super().parse_known_args(*arguments, **options)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default is None or action.default is False or action.default == []
+        return action.help if none else super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = argparse.Namespace(if_interrupted="")
     try:
+        _parser().parse_args(argv, arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: print(f"vwt: {message}", file=sys.stderr)
             return int(arguments.run(arguments))
@@ -59,357 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="vwt", description="Visual words for Vision Transformers.")
-    commands = parser.add_subparsers(title="commands", required=True)
-    _add_build(commands)
-    _add_profile(commands)
-    _add_schedule(commands)
-    _add_tune(commands)
-    _add_show(commands)
-    _add_env(commands)
-    _add_models(commands)
+    commands = parser.add_subparsers(title="commands", required=True, parser_class=_Command)
+    for name, (short, full) in COMMANDS.items():
+        command = commands.add_parser(name, help=short, description=full, formatter_class=_Formatter)
+        command.name = name
     return parser
-
-
-def _add_build(commands: "argparse._SubParsersAction[Parser]") -> None:
-    default = BuildConfig()
-    build = commands.add_parser(
-        "build",
-        help="cluster the patches of a data set into a codebook",
-        description="Cluster the patches of a data set into a codebook of visual words.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    build.add_argument("source", help="a folder of images, a tar file, or hfds/…, torch/…, tfds/…, wds/…")
-    build.add_argument("--model", required=True, help="timm model whose patches and data config are used")
-    build.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
-    build.add_argument("--out", required=True, help="where to write the codebook: NAME.zarr or NAME.zarr.zip")
-    build.add_argument("--words", type=int, default=default.words, help="number of words K")
-    build.add_argument("--space", choices=SPACES, default=default.space, help="cluster pixels, or projected patches")
-    build.add_argument("--backend", choices=BACKENDS, default=default.backend, help="k-means of a sample, or streaming")
-    build.add_argument(
-        "--euclidean", action="store_true", help="Euclidean k-means as in the paper, instead of spherical k-means"
-    )
-    build.add_argument("--iterations", type=int, default=default.iterations, help="of faiss's k-means")
-    build.add_argument("--seed", type=int, default=default.seed, help="of sample and clustering")
-    build.add_argument("--threshold", type=float, default=default.threshold, help="cosine distance, for the summary")
-    build.add_argument("--split", default=default.split, help="split of the data set")
-    build.add_argument("--data-dir", help="where named data sets are cached")
-    build.add_argument("--workers", type=int, help="processes that decode images; by default half the processors")
-    build.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
-    build.add_argument("--resume", action="store_true", help="go on with an interrupted build")
-    build.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
-    build.add_argument("--quiet", action="store_true", help="no progress bars")
-    build.set_defaults(run=_build, if_interrupted="; go on with --resume")
-
-
-def _build(arguments: argparse.Namespace) -> int:
-    config = BuildConfig(
-        words=arguments.words,
-        space=arguments.space,
-        backend=arguments.backend,
-        spherical=not arguments.euclidean,
-        iterations=arguments.iterations,
-        seed=arguments.seed,
-        threshold=arguments.threshold,
-        split=arguments.split,
-    )
-    check_source(arguments.source)  # before weights are fetched
-    # Pixels need no weights, only the model's patch size and normalisation.
-    needs_weights = arguments.space == "embedding"
-    model = create_model(arguments.model, arguments.checkpoint, weights=needs_weights)
-    _, report = run_build(
-        arguments.source,
-        model,
-        config,
-        out=arguments.out,
-        root=arguments.data_dir,
-        workers=arguments.workers,
-        strict=arguments.strict,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        progress=not arguments.quiet,
-    )
-    print(build_summary(report, config))
-    print(f"{arguments.out}")
-    return 0
-
-
-def _add_tune(commands: "argparse._SubParsersAction[Parser]") -> None:
-    tuned = commands.add_parser(
-        "tune",
-        help="find the best plan for a model on this device",
-        description="Find what changes a model's answers least within a budget, or the fastest that keeps enough.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_model(tuned)
-    tuned.add_argument("--images", required=True, help="a folder of images to calibrate on, or hfds/…, torch/…")
-    tuned.add_argument("--ratio", type=float, help="budget, of the model's latency")
-    tuned.add_argument("--milliseconds", type=float, help="budget a batch")
-    tuned.add_argument("--agreement", type=float, help="share of the images that must get the model's own class")
-    tuned.add_argument("--batch-size", type=int, default=1, help="images at a time")
-    tuned.add_argument("--codebook", action="append", default=[], help="to try inter-image words too; can be repeated")
-    tuned.add_argument("--count", type=int, default=ENOUGH, help="images to draw")
-    tuned.add_argument("--seed", type=int, default=0, help="of the draw, and of the order of measurements")
-    tuned.add_argument("--out", required=True, help="where to write the plan: NAME.json")
-    tuned.set_defaults(run=_tune, if_interrupted="; the same command goes on where it stopped")
-
-
-def _tune(arguments: argparse.Namespace) -> int:
-    check_source(arguments.images)
-    model, show = _open_model(arguments), not arguments.quiet
-    plan = tune(
-        model,
-        load_images(arguments.images, model, arguments.count, seed=arguments.seed, progress=show),
-        ratio=arguments.ratio,
-        milliseconds=arguments.milliseconds,
-        agreement=arguments.agreement,
-        batch_size=arguments.batch_size,
-        codebooks=arguments.codebook,
-        seed=arguments.seed,
-        notes=f"{arguments.out}.tuning",
-        progress=show,
-    )
-    plan.save(arguments.out)
-    print(plan)
-    print(arguments.out)
-    return 0
-
-
-def _add_env(commands: "argparse._SubParsersAction[Parser]") -> None:
-    env = commands.add_parser("env", help="print devices, energy sensors, threads and versions")
-    env.add_argument("--powercap", type=Path, default=POWERCAP, metavar="DIR", help="folder of RAPL's counters")
-    env.set_defaults(run=_env, if_interrupted="")
-
-
-def _env(arguments: argparse.Namespace) -> int:
-    print(environment_report(arguments.powercap))
-    return 0
-
-
-def _add_models(commands: "argparse._SubParsersAction[Parser]") -> None:
-    models = commands.add_parser("models", help="list the families of models, or say whether a model is supported")
-    models.add_argument("names", nargs="*", metavar="NAME", help="of a timm model, or a class of transformers")
-    models.set_defaults(run=_models, if_interrupted="")
-
-
-def _models(arguments: argparse.Namespace) -> int:
-    if not arguments.names:
-        print(list_families())
-    found = [find_support(name) for name in arguments.names]
-    for support in found:
-        print(support)
-    return 0 if all(support.reason is None for support in found) else 1
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    """Options of the commands that run a model."""
-    parser.add_argument("--model", required=True, help="timm model")
-    parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
-    parser.add_argument("--device", default="cpu", help="where the model runs")
-    parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch takes")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _open_model(arguments: argparse.Namespace) -> nn.Module:
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ArgumentError(f"--threads is {arguments.threads}; expected at least 1")
-        torch.set_num_threads(arguments.threads)
-    try:
-        torch.empty(0, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"no device {arguments.device!r}: {first_line(error)}") from error
-    model = create_model(arguments.model, arguments.checkpoint)
-    return model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
-
-
-def _add_profile(commands: "argparse._SubParsersAction[Parser]") -> None:
-    profile = commands.add_parser(
-        "profile",
-        help="measure what tokens cost on this device",
-        description="Measure the latency of a model's parts over token counts, on this device.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_model(profile)
-    profile.add_argument("--batch-size", type=int, default=1, help="images at a time")
-    profile.add_argument("--points", type=int, default=POINTS, help="token counts to measure")
-    profile.add_argument("--runs", type=int, default=RUNS, help="runs of each part, of which the median is taken")
-    profile.add_argument("--seed", type=int, default=0, help="of the order, and of the forwards that are checked")
-    profile.add_argument("--out", required=True, help="where to write the profile: NAME.json")
-    profile.add_argument("--plot", metavar="FILE", help="draw latency over tokens")
-    profile.set_defaults(run=_profile, if_interrupted="; nothing was written")
-
-
-def _profile(arguments: argparse.Namespace) -> int:
-    check_picture(arguments.plot)
-    profile = LatencyProfile.measure(
-        _open_model(arguments),
-        arguments.batch_size,
-        points=arguments.points,
-        runs=arguments.runs,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
-    )
-    profile.save(arguments.out)
-    print(profile_summary(profile))
-    if arguments.plot:
-        plot_profile(arguments.plot, profile)
-    print(arguments.out)
-    return 0
-
-
-def profile_summary(profile: LatencyProfile) -> str:
-    """The profile as a table of text."""
-    machine = profile.machine
-    lines = [
-        f"{profile.model}, batch {profile.batch_size}, {profile.dtype}, {machine['cpu']}, {machine['device']}, "
-        f"{machine['threads']} threads",
-        "tokens  one block, ms  of it attention",
-    ]
-    rows = zip(profile.counts, profile.block, profile.attention, strict=True)
-    knees = profile.knees()
-    lines += [f"{n:>6}  {block:>13.3f}  {own:>15.3f}{'  knee' if n in knees else ''}" for n, block, own in rows]
-    lines.append(
-        f"whole model {profile.predict():.2f} ms; predictions of forwards err by {100 * profile.error:.1f} % (median)"
-    )
-    return "\n".join(lines)
-
-
-def _add_schedule(commands: "argparse._SubParsersAction[Parser]") -> None:
-    schedule = commands.add_parser(
-        "schedule",
-        help="choose which blocks prune or merge how many tokens",
-        description="Choose which blocks prune or merge how many tokens: within a budget, or by the paper's utility.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_model(schedule)
-    schedule.add_argument("--profile", required=True, help="of vwt profile, on this device")
-    schedule.add_argument("--images", required=True, help="a folder of images to calibrate on, or hfds/…, torch/…")
-    goal = schedule.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--ratio", type=float, help="budget, of the full model's latency")
-    goal.add_argument("--milliseconds", type=float, help="budget a batch")
-    goal.add_argument("--utility", action="store_true", help="Prune One More Token's choice for one block")
-    schedule.add_argument("--alpha", type=float, default=0.5, help="weight of latency, for --utility")
-    schedule.add_argument("--block", type=int, help="that prunes, for --utility; by default a quarter of the way")
-    schedule.add_argument("--count", type=int, default=ENOUGH, help="images to draw")
-    schedule.add_argument("--seed", type=int, default=0, help="of the draw")
-    schedule.add_argument("--out", required=True, help="where to write the schedule: NAME.json")
-    schedule.add_argument("--plot", metavar="FILE", help="draw utility over tokens, for --utility")
-    schedule.set_defaults(run=_schedule, if_interrupted="; nothing was written")
-
-
-def _schedule(arguments: argparse.Namespace) -> int:
-    if arguments.plot and not arguments.utility:
-        raise ArgumentError("--plot draws the utility; give --utility, or leave it out")
-    check_picture(arguments.plot)
-    check_source(arguments.images)
-    profile, show = LatencyProfile.load(arguments.profile), not arguments.quiet
-    model = _open_model(arguments)
-    profile.check(model)
-    images = load_images(arguments.images, model, arguments.count, seed=arguments.seed, progress=show)
-    if arguments.utility:
-        block = profile.depth // 4 if arguments.block is None else arguments.block
-        counts = [profile.prefix + n for n in range(profile.patches, 0, -max(1, profile.patches // 14))]
-        accuracy = Calibration(model, images, progress=show).removal(block, counts, seed=arguments.seed, progress=show)
-        schedule = PruningSchedule.from_utility(profile, accuracy, arguments.alpha, block)
-        if arguments.plot:
-            plot_utility(arguments.plot, profile, accuracy, arguments.alpha, block)
-    else:
-        budget = {"milliseconds": arguments.milliseconds, "ratio": arguments.ratio}
-        schedule = PruningSchedule.for_budget(profile, model, images, **budget, progress=show)
-    schedule.save(arguments.out)
-    print(schedule.table(profile) if schedule else "do not prune: the full model is within the budget or as fast")
-    print(arguments.out)
-    return 0
-
-
-def _add_show(commands: "argparse._SubParsersAction[Parser]") -> None:
-    show = commands.add_parser(
-        "show",
-        help="draw what is done to an image",
-        description="Draw an image, its words, what each reduction leaves of it, and the codebook's frequent words.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    show.add_argument("image", help="file of an image")
-    _add_model(show)
-    show.add_argument("--plan", help="of vwt tune")
-    show.add_argument("--force", action="store_true", help="apply a plan of another model or device too")
-    show.add_argument("--strategy", help="neighbours:SHARE, intra:SHARE or inter:CODEBOOK[:THRESHOLD]")
-    show.add_argument("--schedule", help="of vwt schedule")
-    show.add_argument("--images", help="where to look for patches like the words; by default in the image alone")
-    show.add_argument("--count", type=int, default=64, help="how many of those images to draw")
-    show.add_argument("--seed", type=int, default=0, help="of the draw")
-    show.add_argument("--out", required=True, help="the picture: NAME.png")
-    show.set_defaults(run=_show, if_interrupted="; nothing was written")
-
-
-def _show(arguments: argparse.Namespace) -> int:
-    check_picture(arguments.out)
-    if arguments.count < 1:
-        raise ArgumentError(f"--count is {arguments.count}; expected at least 1")
-    strategy = None if arguments.strategy is None else read_strategy(arguments.strategy)
-    schedule = None if arguments.schedule is None else PruningSchedule.load(arguments.schedule)
-    plan = None if arguments.plan is None else Plan.load(arguments.plan)
-    if plan is not None and (strategy is not None or schedule is not None):
-        raise ArgumentError("a plan has its strategy and schedule; leave out --strategy and --schedule, or --plan")
-    if plan is None and strategy is None and not schedule:
-        raise ArgumentError("nothing is reduced; give --plan, --strategy, or a --schedule that is not empty")
-    model = _open_model(arguments)
-    image, images = read_image(arguments.image, model), None
-    fast = VWTokenizer(model, strategy, schedule) if plan is None else plan.apply(model, force=arguments.force)
-    codebook = getattr(fast.strategy, "codebook", None)
-    if arguments.images is not None and codebook is not None:
-        source = ImageSource(arguments.images, model)
-        images = source.sample(arguments.count, seed=arguments.seed, progress=not arguments.quiet)
-    save_stages(
-        arguments.out, image, fast, codebook, images, heading=f"{Path(arguments.image).name}, {arguments.model}"
-    )
-    print(arguments.out)
-    return 0
-
-
-def read_strategy(text: str) -> Strategy:
-    """`neighbours:0.22`, `intra:0.5` or `inter:CODEBOOK[:THRESHOLD]` as a strategy.
-
-    Raises:
-        ArgumentError: for anything else, or an argument out of its range.
-        CodebookError: if the codebook cannot be read.
-    """
-    kind, _, rest = text.partition(":")
-    path, _, last = rest.rpartition(":")
-    share, threshold = _number(rest), _number(last)
-    if kind in ("neighbours", "intra") and share is not None:
-        return Neighbours(share) if kind == "neighbours" else IntraImage(share)
-    if kind == "inter" and rest:
-        if path and threshold is not None:
-            return InterImage(Codebook.load(path), threshold)
-        return InterImage(Codebook.load(rest))
-    raise ArgumentError(f"no strategy {text!r}; expected neighbours:SHARE, intra:SHARE or inter:CODEBOOK[:THRESHOLD]")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def build_summary(report: BuildReport, config: BuildConfig) -> str:
-    """The summary of a build as a table of text."""
-    seconds = sorted(report.seconds.items(), key=lambda part: -part[1])
-    total = sum(report.seconds.values())
-    lines = [
-        f"images    {report.images} read, {len(report.skipped)} skipped",
-        *(f"          skipped {name}: {reason}" for name, reason in list(report.skipped.items())[:10]),
-        f"patches   {report.patches} seen, {report.sampled} sampled",
-        f"words     {config.words}, {report.effective} effective ({report.empty} empty, {report.duplicate} duplicate)",
-        f"distance  {report.distance:.4f} mean cosine distance to the nearest word",
-        f"matched   {100 * report.matched:.1f} % of patches within {config.threshold:g}",
-        f"seconds   {total:.1f} (" + ", ".join(f"{part} {value:.1f}" for part, value in seconds) + ")",
-    ]
-    if len(report.skipped) > 10:
-        lines.insert(11, f"          ... and {len(report.skipped) - 10} more")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,17 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
         raise
 
 
+def check_writable(path: str | os.PathLike[str], kind: str) -> None:
+    """Raise DocumentError, before long work, unless a document may be written to `path`."""
+    path = Path(path)
+    if path.suffix != ".json":
+        raise DocumentError(f"cannot write the {kind} {path}; expected a name that ends in .json")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise DocumentError(
+            f"cannot write the {kind} {path}: there is no such folder, or it is one; choose another file"
+        )
+
+
 def save_document(path: str | os.PathLike[str], kind: str, version: int, fields: dict[str, Any]) -> None:
     """Write fields with a first line that says what they are.
 
