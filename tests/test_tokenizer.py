@@ -655,6 +655,15 @@ def test_another_kind_of_schedule_is_refused(small_vit, schedule):
         VWTokenizer(small_vit, schedule=schedule)
 
 
+@torch.inference_mode()
+def test_any_mapping_of_blocks_to_reductions_is_a_schedule(small_vit, images):
+    reductions = {3: Merge(20), 1: Prune(30)}
+    expected = VWTokenizer(small_vit, schedule=PruningSchedule(reductions))(images)
+    assert torch.equal(VWTokenizer(small_vit, schedule=reductions)(images), expected)
+    with pytest.raises(ArgumentError, match=r"names block -1; expected one of the model's 6"):
+        VWTokenizer(small_vit, schedule={-1: Prune(30)})
+
+
 def test_a_schedule_in_the_place_of_a_strategy_is_refused(small_vit):
     with pytest.raises(ArgumentError, match="strategy is PruningSchedule"):
         VWTokenizer(small_vit, PruningSchedule({3: 5}))

@@ -1,7 +1,7 @@
 """VWTokenizer: a model of timm or transformers that sees fewer tokens."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,13 @@ from vwt.models.backbone import Backbone
 from vwt.models.checking import check_parts
 from vwt.models.families import Embedded
 from vwt.models.spec import PatchSpec
+from vwt.reductions.kinds import check_amounts
 from vwt.reductions.reducing import Step, follow
-from vwt.reductions.reduction import patches_entering
+from vwt.reductions.reduction import Reduction, patches_entering
 from vwt.strategies.strategy import Strategy
 from vwt.tokens.packing import Packed
 from vwt.tokens.patches import patchify
 from vwt.tokens.words import Words
-from vwt.tuning.schedule import PruningSchedule
 
 # Methods of the model that mean the same on the wrapper. Those that compute are not among them: the model's own would
 # silently run on all tokens.
@@ -38,8 +38,9 @@ class VWTokenizer(nn.Module):
         model: of one of the families in `vwt.models.families.FAMILIES` (timm) or `vwt.models.hf.TOWERS` (transformers).
         strategy: which patches make which token (`Neighbours`, `InterImage`, `IntraImage`); None reduces nothing, and
             returns what the model returns, bit for bit.
-        schedule: which blocks make still fewer of them; None or an empty one leaves them alone. An image with too few
-            tokens for it, as a strategy that gives each its own number may leave, loses as many as it can.
+        schedule: which blocks make still fewer of them (`PruningSchedule`, or any mapping from blocks to reductions);
+            None or an empty one leaves them alone. An image with too few tokens for it, as a strategy that gives each
+            its own number may leave, loses as many as it can.
         check: compare the parts of the model with the model itself on one random image, which takes little more than
             one forward; not on the `meta` device.
 
@@ -56,7 +57,7 @@ class VWTokenizer(nn.Module):
         self,
         model: nn.Module,
         strategy: Strategy | None = None,
-        schedule: PruningSchedule | None = None,
+        schedule: Mapping[int, Reduction] | None = None,
         *,
         check: bool = True,
     ) -> None:
@@ -65,14 +66,14 @@ class VWTokenizer(nn.Module):
             raise ArgumentError("the model is wrapped already; wrap its .model with the new strategy")
         if strategy is not None and (isinstance(strategy, type) or not isinstance(strategy, Strategy)):
             raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
-        if schedule is not None and not isinstance(schedule, PruningSchedule):
+        if not _is_schedule(schedule):
             raise ArgumentError(f"schedule is {schedule!r}; expected vwt.PruningSchedule({{block: tokens to remove}})")
         self.backbone = Backbone(model)
         self.family = self.backbone.family
         if check:
             check_parts(self.backbone)
-        self.schedule = schedule or PruningSchedule({})
-        self.schedule.check(self.backbone.depth)
+        self.schedule: Mapping[int, Reduction] = schedule or {}
+        check_amounts(self.schedule, self.backbone.depth)
         self.backbone.check_reductions(self.schedule)
         self.model: Any = model
         self.strategy: Any = None
@@ -232,7 +233,7 @@ class VWTokenizer(nn.Module):
             merge_and_pack = self._merge_and_pack_uncompiled if words.count is None else self._merge_and_pack
             packed = merge_and_pack(embedded, words)
         if words.count is not None:
-            self.schedule.check(self.backbone.depth, words.count)
+            check_amounts(self.schedule, self.backbone.depth, words.count)
         if not torch.compiler.is_compiling() and self._unwatched:
             self._watch(words)
         return packed, words
@@ -328,3 +329,10 @@ def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: An
     names = module.model.state_dict(keep_vars=True)  # type: ignore[union-attr]
     for name in [n for n in state if n.removeprefix(prefix) in names]:
         state[prefix + "model." + name.removeprefix(prefix)] = state.pop(name)
+
+
+def _is_schedule(schedule: object) -> bool:
+    """Whether it maps blocks to reductions; a bare number of tokens, which `PruningSchedule` takes, is none."""
+    if not isinstance(schedule, Mapping):
+        return schedule is None
+    return all(isinstance(block, int) and isinstance(what, Reduction) for block, what in schedule.items())

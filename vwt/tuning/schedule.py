@@ -11,7 +11,7 @@ from vwt.datasets import ImageSource
 from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError
 from vwt.models.backbone import Backbone
-from vwt.reductions.kinds import KINDS
+from vwt.reductions.kinds import KINDS, check_amounts
 from vwt.reductions.prune import Prune
 from vwt.reductions.reduction import Reduction, patches_entering
 from vwt.tuning.profile import LatencyProfile
@@ -64,28 +64,8 @@ class PruningSchedule(Mapping[int, Reduction]):
         return hash(tuple(self._reductions.items()))
 
     def check(self, blocks: int, patches: int | None = None) -> None:
-        """Raise ArgumentError unless a model of so many blocks can do what is scheduled.
-
-        Args:
-            blocks: the model's depth.
-            patches: patch tokens (or words) that enter the first block, None where images differ. An image that has too
-                few loses as many as it can.
-        """
-        for block, reduction in self.items():
-            if block >= blocks:
-                raise ArgumentError(
-                    f"the schedule names block {block}; expected one of the model's {blocks}, from 0 to {blocks - 1}"
-                )
-            if patches is None:
-                continue
-            wanted, most = reduction.wanted(patches), reduction.most(patches)
-            if not 1 <= wanted <= most:
-                expected = f"expected 1 to {most}" if most > 0 else "leave the block out, nothing can go there"
-                raise ArgumentError(
-                    f"{reduction} in block {block} removes {wanted} of the {patches} patch tokens that enter it; "
-                    + expected
-                )
-            patches -= wanted
+        """Raise ArgumentError unless a model of so many blocks, and patches, can do what is scheduled."""
+        check_amounts(self, blocks, patches)
 
     @classmethod
     def from_utility(
