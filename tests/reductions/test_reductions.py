@@ -393,8 +393,8 @@ def check_plan(plan, groups, sequence, operation):
     batch, prefix, patches, sizes, key_size = sequence
     tokens = random(batch, prefix + patches, 3, dtype=torch.float64)
     fewer, total = plan.apply(tokens, as_sizes(sizes))
-    new = plan.count(as_sizes(key_size), as_sizes(sizes), total)
-    assert plan.places().tolist() == [slow_places(group) for group in groups]
+    new = operation.key_size(plan, as_sizes(key_size), as_sizes(sizes), total)
+    assert plan.target.tolist() == [slow_places(group) for group in groups]
     assert torch.equal(fewer[:, :prefix], tokens[:, :prefix])
     for image, group in enumerate(groups):
         size = [1] * (prefix + patches) if sizes is None else sizes[image]
@@ -416,8 +416,6 @@ def test_pruning_equals_a_loop(sequence, data):
     removed = data.draw(st.integers(1 if patches > 2 else 0, max(0, Prune.most(patches))))
     plan = prune(torch.tensor(scores, dtype=torch.float32), removed, prefix)
     groups = [slow_prune(image, removed) for image in scores]
-    assert plan.kept.tolist() == [[patch for (patch,) in group[:-1]] for group in groups]
-    assert plan.dropped.tolist() == [group[-1] for group in groups]
     check_plan(plan, groups, sequence, Prune)
 
 
@@ -456,7 +454,7 @@ def test_totals_are_conserved(kind, sequence, data):
     assert torch.equal(total.sum(1), size.sum(1))
     if kind != "absorb":  # which has what is kept twice in the mean
         torch.testing.assert_close((fewer * total[..., None]).sum(1), (tokens * size[..., None]).sum(1), **CLOSE)
-    places = plan.places()
+    places = plan.target
     assert [sorted(set(image)) for image in places.tolist()] == [list(range(patches - removed))] * batch
 
 
@@ -499,7 +497,7 @@ def test_plans_of_an_image_do_not_depend_on_its_batch_mates(kind):
     together = make_plan(kind, metric, 7, 2)
     for image in range(4):
         alone = make_plan(kind, metric[image : image + 1], 7, 2)
-        assert torch.equal(together.places()[image : image + 1], alone.places())
+        assert torch.equal(together.target[image : image + 1], alone.target)
         values = together.apply(tokens, None)[0][image : image + 1]
         assert torch.equal(values, alone.apply(tokens[image : image + 1], None)[0])
 
@@ -512,35 +510,44 @@ def test_removing_nothing_of_an_image_changes_nothing_of_it(kind, patches):
     key_size = sizes.flip(1)
     plan = make_plan(kind, random(1, patches, 3, seed=1), 0, 1)
     fewer, total = plan.apply(tokens, sizes)
-    back = plan.places()[0] + 1
+    back = plan.target[0] + 1
     torch.testing.assert_close(fewer[0, back], tokens[0, 1:])
     torch.testing.assert_close(total[0, back], sizes[0, 1:])
     expected = sizes**0.8 if kind == "absorb" else key_size  # by what they stand for
-    torch.testing.assert_close(plan.count(key_size, sizes, total)[0, back], expected[0, 1:])
+    torch.testing.assert_close(KINDS[kind].key_size(plan, key_size, sizes, total)[0, back], expected[0, 1:])
 
 
 # No two of them are alike: correlations are 1, 0 and -1, and 0 with the last one, whose channels are all the same.
 PATTERNS = [[1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1], [-1, -1, 1, 1], [-2, 2, -2, 2], [3, 3, 3, 3]]
 
 
+def kept_patches(plan):
+    """The patches of each image that count twice in their means, in the order of their tokens."""
+    images = zip(plan.target.tolist(), plan.weight.tolist(), strict=True)
+    return [
+        [patch for _, patch in sorted((to, patch) for patch, to in enumerate(target) if weight[patch] == 2)]
+        for target, weight in images
+    ]
+
+
 def check_absorbed(plan, received, patches):
     """What is kept tells at least as much as what is not, and nothing kept is more like a patch than its target."""
     for image, (one, rows) in enumerate(zip(received, patches, strict=True)):
-        kept, dropped, target = (index[image].tolist() for index in (plan.kept, plan.dropped, plan.target))
+        kept, target = kept_patches(plan)[image], plan.target[image].tolist()
         scores = slow_telling(rows, one)
+        dropped = sorted(set(range(len(one))) - set(kept), key=lambda patch: -scores[patch])
         order = [scores[patch] for patch in kept + dropped]
-        assert sorted(kept + dropped) == list(range(len(one)))
         assert all(more >= less - 1e-3 * max(one) for more, less in itertools.pairwise(order))
-        for patch, place in zip(dropped, target, strict=True):
+        for patch in dropped:
             alike = [correlation(rows[patch], rows[keeper]) for keeper in kept]
-            assert alike[place] == pytest.approx(max(alike), abs=1e-4)
+            assert alike[target[patch]] == pytest.approx(max(alike), abs=1e-4)
 
 
 def absorbed_groups(plan):
-    """Which patches each token is made of, first what is kept, by the plan's own account."""
+    """Which patches each token is made of, first what is kept, by the assignment's own account."""
     return [
-        [[keeper, *(b for b, into in zip(gone, target, strict=True) if into == row)] for row, keeper in enumerate(kept)]
-        for kept, gone, target in zip(plan.kept.tolist(), plan.dropped.tolist(), plan.target.tolist(), strict=True)
+        [[keeper, *(p for p, to in enumerate(target) if to == row and p != keeper)] for row, keeper in enumerate(kept)]
+        for kept, target in zip(kept_patches(plan), plan.target.tolist(), strict=True)
     ]
 
 
@@ -557,7 +564,7 @@ def test_absorbing_equals_a_loop(sequence, data):
     plan = absorb(*tensors, removed, prefix)
     check_absorbed(plan, received, rows)
     expected = [slow_absorb(*image, removed) for image in zip(rows, received, strict=True)]
-    assert plan.kept.tolist() == [[group[0] for group in image] for image in expected]
+    assert kept_patches(plan) == [[group[0] for group in image] for image in expected]
     check_plan(plan, absorbed_groups(plan), sequence, Absorb)
 
 
@@ -577,7 +584,7 @@ def test_known_answers_of_absorbing():
     patches = torch.tensor([[weak, copy, other, strong]], dtype=torch.float32)
 
     def kept(*received, removed=2):
-        return absorb(torch.tensor([received]), patches, removed, 0).kept[0].tolist()
+        return kept_patches(absorb(torch.tensor([received]), patches, removed, 0))[0]
 
     assert kept(1.0, 9.0, 8.0, 10.0, removed=0) == [3, 2, 0, 1]
     assert kept(0.28, 9.0, 8.0, 10.0) == [3, 2]
@@ -596,7 +603,7 @@ def test_known_answers_of_what_absorbs():
     mean = [(2 * 2 * 1 + 3 * 6) / 7, (2 * 2 * 1 + 3 * 6) / 7, -4.0, -4.0]
     torch.testing.assert_close(fewer, torch.tensor([[mean, patches[0, 2].tolist()]]))
     assert total.tolist() == [[5.0, 5.0]]
-    torch.testing.assert_close(plan.count(None, None, total), torch.tensor([[5**0.8, 5**0.8]]))
+    torch.testing.assert_close(Absorb.key_size(plan, None, None, total), torch.tensor([[5**0.8, 5**0.8]]))
 
 
 @given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5))
@@ -610,7 +617,7 @@ def test_of_patches_that_are_alike_one_is_kept(seed, kinds, copies):
     )
     plan = absorb(received[None], patches[None], len(kind) - kinds, 0)
     strongest = [max((kind == k).nonzero().flatten().tolist(), key=received.__getitem__) for k in range(kinds)]
-    assert sorted(plan.kept[0].tolist()) == sorted(strongest)
+    assert sorted(kept_patches(plan)[0]) == sorted(strongest)
     for keeper, *others in absorbed_groups(plan)[0]:
         assert all(kind[other] == kind[keeper] for other in others)
         assert len(others) == copies - 1
@@ -629,7 +636,7 @@ def test_what_absorbing_reads_of_attention(prefix, bias):
     expected = [slow_received(q, k, prefix, added) for q, k in zip(query, key, strict=True)]
     torch.testing.assert_close(seen[0], torch.tensor(expected), **CLOSE)
     tokens = random(2, prefix + 9, 6, seed=1)
-    plan = reduction.plan(seen[0], tokens, prefix)
+    plan = reduction.assign(seen[0], tokens, prefix)
     patches = tokens[:, prefix:].tolist()
     groups = [slow_absorb(image, row, 5) for image, row in zip(patches, expected, strict=True)]
     check_plan(plan, groups, (2, prefix, 9, None, None), Absorb)
@@ -639,8 +646,8 @@ def test_what_absorbing_reads_of_attention(prefix, bias):
 def test_likeness_does_not_depend_on_how_large_patches_are(scale):
     """As tokens differ from model to model: likeness is of their channels' correlation."""
     tokens, received = random(2, 41, 8), random(2, 40).exp()
-    plan, same = (Absorb(25).plan(received, values, 1) for values in (tokens, scale * tokens))
-    assert plan.places().tolist() == same.places().tolist()
+    plan, same = (Absorb(25).assign(received, values, 1) for values in (tokens, scale * tokens))
+    assert plan.target.tolist() == same.target.tolist()
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -648,7 +655,7 @@ def test_likeness_does_not_depend_on_how_large_patches_are(scale):
 def test_one_patch_absorbs_all(sized, prefix):
     tokens, received = random(2, prefix + 9, 5), random(2, 9).exp()
     sizes = F.pad(torch.arange(1.0, 10.0).expand(2, -1), (prefix, 0), value=1.0) if sized else None
-    fewer, total = Absorb(100).plan(received, tokens, prefix).apply(tokens, sizes)
+    fewer, total = Absorb(100).assign(received, tokens, prefix).apply(tokens, sizes)
     assert fewer.shape == (2, prefix + 1, 5)
     assert total[:, prefix].tolist() == [45 if sized else 9] * 2
     weight = torch.ones(2, 9) if sizes is None else sizes[:, prefix:].clone()
@@ -668,26 +675,26 @@ def test_absorbing_among_equals_is_finite_and_the_same_again(receive, patches):
     received = {"alike": torch.ones(3, 9), "nothing": torch.zeros(3, 9), "unlike": torch.arange(27.0).view(3, 9)}[
         receive
     ]
-    plan, again = (Absorb(6).plan(received, tokens, 0) for _ in range(2))
+    plan, again = (Absorb(6).assign(received, tokens, 0) for _ in range(2))
     fewer, total = plan.apply(tokens, None)
     torch.testing.assert_close(fewer, tokens[:, :3])
     assert total.sum(1).tolist() == [9] * 3
-    assert plan.places().tolist() == again.places().tolist()
+    assert plan.target.tolist() == again.target.tolist()
     for image in range(3):
-        alone = Absorb(6).plan(received[image : image + 1], tokens[image : image + 1], 0)
-        assert alone.kept.tolist() == plan.kept[image : image + 1].tolist()
+        alone = Absorb(6).assign(received[image : image + 1], tokens[image : image + 1], 0)
+        assert kept_patches(alone) == kept_patches(plan)[image : image + 1]
     if receive != "unlike":
-        assert plan.kept.tolist() == [[0, 1, 2]] * 3
+        assert kept_patches(plan) == [[0, 1, 2]] * 3
     else:
-        assert plan.kept.tolist() == [[8, 7, 6]] * 3
+        assert kept_patches(plan) == [[8, 7, 6]] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_patches_in_half_precision_are_compared_in_float32(dtype):
     """Patches that have much in common, whose likeness half precision cannot tell apart."""
     tokens, received = (random(2, 1, 64) + 0.1 * random(2, 41, 64, seed=1)).to(dtype), random(2, 40).exp()
-    plan, same = (Absorb(25).plan(received, values, 1) for values in (tokens, tokens.float()))
-    assert plan.places().tolist() == same.places().tolist()
+    plan, same = (Absorb(25).assign(received, values, 1) for values in (tokens, tokens.float()))
+    assert plan.target.tolist() == same.target.tolist()
     fewer, _ = plan.apply(tokens, None)
     assert fewer.dtype == dtype
     assert fewer.isfinite().all()
@@ -929,7 +936,7 @@ def test_a_merge_adds_log_sizes_in_later_blocks_only(patches):
     runs = encoded.runs(encoded.key_size)
     for later, mask in enumerate(masks[2 * times :]):
         torch.testing.assert_close(mask, runs[later % times].log()[:, None, None])
-    places = [image for plan in steps[0].plans for image in plan.places()]
+    places = [image for plan in steps[0].assignments for image in plan.target]
     for image, key_size in zip(places, encoded.key_size.split(list(encoded.lengths)), strict=True):
         assert key_size.tolist() == [1.0, *image.bincount().tolist()]
         assert key_size.sum() == 1 + len(image)
@@ -1010,8 +1017,8 @@ def test_a_block_that_norms_after_its_halves(kind, patches):
     block, last = model.blocks
     for image, tokens in enumerate(packed.split()):
         half = tokens + block.norm1(block.attn(tokens[None])[0])
-        plan = steps[0].plans[0 if packed.is_dense else image]
-        places = plan.places()[image if packed.is_dense else 0].tolist()
+        plan = steps[0].assignments[0 if packed.is_dense else image]
+        places = plan.target[image if packed.is_dense else 0].tolist()
         groups = [[patch for patch, place in enumerate(places) if place == token] for token in range(max(places) + 1)]
         if kind == "absorb":
             groups = absorbed_groups(plan)[image if packed.is_dense else 0]
@@ -1193,7 +1200,7 @@ def test_shares_are_those_of_the_means(schedule):
     words = follow(keep_all(images, (rows, columns), torch.device("cpu")), steps)
     made, sizes = torch.eye(15).expand(images, -1, -1), None
     for step in steps:
-        made, sizes = step.plans[0].apply(made, sizes)
+        made, sizes = step.assignments[0].apply(made, sizes)
     for image, patch in itertools.product(range(images), range(14)):
         share = made[image, 1 + words.group[image, patch], 1 + patch]
         torch.testing.assert_close(words.weight[image, patch], share)
@@ -1205,5 +1212,5 @@ def test_absorbing_compares_the_same_under_autocast():
     expected = absorb(received, tokens, 20, 1)
     with torch.autocast("cpu", torch.bfloat16):
         plan = absorb(received, tokens, 20, 1)
-    assert torch.equal(plan.kept, expected.kept)
+    assert torch.equal(plan.weight, expected.weight)
     assert torch.equal(plan.target, expected.target)

@@ -10,9 +10,10 @@ from timm.layers import create_rope_embed
 from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ModelError
 from vwt.models.spec import PatchSpec
+from vwt.reductions.assignment import Assignment
 from vwt.tokens.packing import Packed
 from vwt.tokens.patches import patchify
-from vwt.tokens.positions import Positions, gather_bias, grid_positions, mean_positions, word_positions
+from vwt.tokens.positions import Positions, gather_bias, grid_positions, word_positions
 from vwt.tokens.words import group_words, keep_patches
 
 GRID = (3, 5)
@@ -111,7 +112,7 @@ def test_kept_patches_are_where_they_were():
 def test_tokens_that_become_one_are_at_the_mean_of_all_their_patches(sized):
     at, new = torch.rand(2, 6, 2), torch.tensor([[0, 1, 1, 2, 1, 0], [2, 1, 0, 0, 0, 0]])
     sizes = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 1, 1, 2, 1, 1]]).float() if sized else None
-    means = mean_positions(at, sizes, new, 3)
+    means, _ = Assignment(new, 3, 0).apply(at, sizes)
     for image in range(2):
         for token in range(3):
             weight = (new[image] == token).float() * (1 if sizes is None else sizes[image])

@@ -19,7 +19,6 @@ from vwt.codebook.codebook import Codebook
 from vwt.models.spec import PatchSpec, prepare
 from vwt.pictures.figures import new_figure
 from vwt.pictures.groups import colour_groups
-from vwt.reductions.prune import PrunePlan
 from vwt.reductions.reducing import follow
 from vwt.tokenizer import VWTokenizer
 from vwt.tokens.patches import patchify, unpatchify
@@ -68,9 +67,10 @@ def stages(fast: VWTokenizer, image: Tensor) -> list[Stage]:
     happens = {block: reduction for block, reduction in fast.schedule.items() if block < last}
     _, steps = fast.backbone.run(fast.backbone.pre_norm(packed), happens)
     for (block, reduction), step in zip(happens.items(), steps, strict=True):
-        words, (plan,) = follow(words, [step]), step.plans
-        if isinstance(plan, PrunePlan) and plan.dropped.shape[1] > 1:
-            gone = gone | (words.group[0] == step.counts[0] - 1)
+        words, (assignment,) = follow(words, [step]), step.assignments
+        token = step.counts[0] - 1  # the mean of what is pruned comes last
+        if reduction.kind == "prune" and int((assignment.target == token).sum()) > 1:
+            gone = gone | (words.group[0] == token)
         done = "pruned" if reduction.kind == "prune" else "merged"
         found.append(Stage(f"{done} in block {block}: {prefix + step.counts[0]} tokens", words, gone))
     return found

@@ -1,51 +1,67 @@
-"""Which tokens become which inside a block, and how: the plans that `vwt.reductions.reduction` makes and carries out.
+"""Which patch tokens of a block become which, and the weighted mean that carries it out.
 
 Shapes as in `vwt.reductions.reduction`: B images, n tokens of which the first P are prefix tokens and m = n - P are
-patches.
+patches (or words).
 """
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vwt.tokens.tensors import flat_index
 
-class Plan(Protocol):
-    """Which tokens become which, for a batch."""
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """The new token of each patch token, for a batch; prefix tokens stay as they are, and come first.
+
+    Attributes:
+        target: (B, m) int64, the new token of each patch token, from 0 to k - 1; each of these is taken.
+        count: k, new patch tokens.
+        prefix: P.
+        weight: (B, m) float32, how often each counts in the mean, beside its size; None where once each.
+    """
+
+    target: Tensor
+    count: int
+    prefix: int
+    weight: Tensor | None = None
 
     def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, n, C) with sizes (B, n) float32, None where all are 1, to fewer: (B, n', C) and (B, n')."""
-        ...
+        """Tokens (B, n, C) to the means of those that become one (B, P + k, C), and how many patches these stand for.
 
-    def count(self, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
-        """How often attention counts the new tokens (B, n'), None where once each.
+        Sums are accumulated in float32 for lower precisions.
 
         Args:
-            key_size: (B, n) float32, how often it counts the former ones, None where once each.
-            sizes: (B, n), the former sizes.
-            total: (B, n'), the new ones.
+            tokens: or whatever else is to be averaged in the same way.
+            sizes: (B, n) float32, patches that each token stands for, 1 for prefix tokens; None where all are 1.
+
+        Returns:
+            The means, and the new sizes (B, P + k) float32.
         """
-        ...
+        own = None if sizes is None else sizes[:, self.prefix :]
+        weight = own if self.weight is None else self.weight if own is None else own * self.weight
+        patches = tokens[:, self.prefix :].to(torch.promote_types(tokens.dtype, torch.float32))
+        if weight is None:
+            weighted = F.pad(patches, (0, 1), value=1.0)
+        else:
+            weighted = torch.cat([patches * weight[..., None], weight[..., None]], dim=-1)
+        sums = self._sum(weighted)
+        means = (sums[..., :-1] / sums[..., -1:]).to(tokens.dtype)
+        if self.weight is None:
+            total = sums[..., -1].float()
+        else:
+            total = self._sum((torch.ones_like(self.weight) if own is None else own)[..., None])[..., 0]
+        return torch.cat([tokens[:, : self.prefix], means], dim=1), F.pad(total, (self.prefix, 0), value=1.0)
 
-    def places(self) -> Tensor:
-        """(B, m) int64: the new place of each patch token, prefix tokens not counted."""
-        ...
+    def sum(self, values: Tensor) -> Tensor:
+        """Values (B, n) of tokens to their sums over those that become one (B, P + k)."""
+        return torch.cat([values[:, : self.prefix], self._sum(values[:, self.prefix :, None])[..., 0]], dim=1)
 
-    def times(self) -> Tensor | None:
-        """(B, m) float32: how often each patch token counts in its mean, beside its size; None where once each."""
-        ...
-
-
-def _with_sizes(tokens: Tensor, sizes: Tensor | None) -> Tensor:
-    """Tokens (B, n, C) times their sizes (B, n), and the sizes, as one more channel: (B, n, C + 1) float32 or wider."""
-    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-    if sizes is None:
-        return F.pad(tokens, (0, 1), value=1.0)
-    return torch.cat([tokens * sizes[..., None], sizes[..., None]], dim=-1)
-
-
-def _means(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums of what `_with_sizes` gave, to means (B, n, C) and sizes (B, n)."""
-    total = sums[..., -1]
-    return (sums[..., :-1] / total[..., None]).to(dtype), total
+    def _sum(self, values: Tensor) -> Tensor:
+        """Values (B, m, C) of patch tokens to their sums (B, k, C)."""
+        sums = values.new_zeros(values.shape[0] * self.count, values.shape[2])
+        index = flat_index(self.target, self.count)
+        return sums.index_add(0, index, values.flatten(0, 1)).view(values.shape[0], self.count, values.shape[2])

@@ -1,64 +1,23 @@
 """Prune: the least important patches become one token, their mean."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from vwt.reductions.assignment import _means, _with_sizes
-from vwt.reductions.observe import _explicitly, _received
+from vwt.reductions.assignment import Assignment
+from vwt.reductions.observe import attention_received, explicitly
 from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import Attend, attend_explicitly
-from vwt.tokens.tensors import select
 
 
-def prune(scores: Tensor, removed: int, prefix: int) -> "PrunePlan":
-    """Keep the patches with the highest scores (B, m); the `removed` + 1 others become one token, R fewer in all."""
-    order = scores.sort(dim=1, descending=True).indices
-    kept = scores.shape[1] - removed - 1
-    return PrunePlan(order[:, :kept].sort(dim=1).values, order[:, kept:], prefix)
+def prune(scores: Tensor, removed: int, prefix: int) -> Assignment:
+    """Keep the patches with the highest scores (B, m); the `removed` + 1 others become one token, R fewer in all.
 
-
-@dataclass(frozen=True, eq=False)
-class PrunePlan:
-    """Prefix tokens, kept patches in their order, and the mean of the dropped ones, last.
-
-    Attributes:
-        kept: (B, k) int64, patches, ascending.
-        dropped: (B, R + 1) int64, patches.
-        prefix: P.
+    Kept patches stay in their order; the mean of the others comes last.
     """
-
-    kept: Tensor
-    dropped: Tensor
-    prefix: int
-
-    def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Plan`."""
-        kept = self.kept.shape[1]
-        weighted = _with_sizes(tokens, sizes)
-        patches = select(weighted, torch.cat([self.kept, self.dropped], dim=1) + self.prefix)
-        dropped = patches[:, kept:].sum(dim=1, keepdim=True)
-        return _means(torch.cat([weighted[:, : self.prefix], patches[:, :kept], dropped], dim=1), tokens.dtype)
-
-    def count(self, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
-        """See `Plan`; the mean of several counts once."""
-        if key_size is None:
-            return None
-        alone = self.dropped.shape[1] == 1  # nothing is removed
-        chosen = torch.cat([self.kept, self.dropped], dim=1) if alone else self.kept
-        kept = select(key_size[..., None], chosen + self.prefix)[..., 0]
-        mean = torch.ones_like(key_size[:, : 0 if alone else 1])
-        return torch.cat([key_size[:, : self.prefix], kept, mean], dim=1)
-
-    def places(self) -> Tensor:
-        """See `Plan`."""
-        batch, kept = self.kept.shape
-        places = self.kept.new_full((batch, kept + self.dropped.shape[1]), kept)
-        return places.scatter(1, self.kept, torch.arange(kept, device=places.device).expand(batch, -1))
-
-    def times(self) -> None:
-        """See `Plan`."""
+    order = scores.sort(dim=1, descending=True).indices
+    last = scores.shape[1] - removed - 1
+    dropped = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, last:], True)
+    return Assignment(torch.where(dropped, last, (~dropped).cumsum(dim=1) - 1), last + 1, prefix)
 
 
 class Prune(Reduction):
@@ -78,9 +37,17 @@ class Prune(Reduction):
 
     def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
         """Explicit attention, of which the scores (B, m) are made; it is not computed twice."""
-        return _explicitly(seen, lambda query, key, value, weights: importance(query, key, value, prefix, weights))
+        return explicitly(seen, lambda query, key, value, weights: importance(query, key, value, prefix, weights))
 
-    def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> "PrunePlan":
+    @staticmethod
+    def key_size(assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
+        """See `Reduction`: the mean of several counts once."""
+        if key_size is None:
+            return None
+        members = assignment.sum(torch.ones_like(key_size))
+        return torch.where(members > 1, 1.0, assignment.sum(key_size))
+
+    def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
         """Importance (B, m) to what is kept and what is dropped."""
         return prune(seen, self.removed(seen.shape[1]), prefix)
 
@@ -103,7 +70,7 @@ def importance(query: Tensor, key: Tensor, value: Tensor, prefix: int, weights: 
     """
     if weights is None:
         _, weights = attend_explicitly(query, key, value)
-    received = _received(weights, prefix)
+    received = attention_received(weights, prefix)
     energy = value.amax(dim=1).sum(dim=-1, dtype=torch.float32).softmax(dim=-1)
     # Where prefix tokens get all attention, all patches get none.
     return received / received.amax(dim=-1, keepdim=True).clamp_min(1e-30) + energy[:, prefix:]

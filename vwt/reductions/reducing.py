@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vwt.errors import ModelError
-from vwt.reductions.absorb import AbsorbPlan
-from vwt.reductions.assignment import Plan
+from vwt.reductions.assignment import Assignment
 from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import Half, run_blocks
 from vwt.tokens.packing import Packed
-from vwt.tokens.positions import PREFIX, Positions, mean_positions
 from vwt.tokens.tensors import equal_lengths, lengthen
 from vwt.tokens.words import Words, regroup
 
@@ -23,11 +20,11 @@ class Step:
     """How the tokens of packed images became fewer inside a block.
 
     Attributes:
-        plans: one for each of `Packed.runs`.
+        assignments: one for each of `Packed.runs`.
         counts: patch tokens of each image that are left.
     """
 
-    plans: list[Plan]
+    assignments: list[Assignment]
     counts: Sequence[int]
 
 
@@ -55,27 +52,28 @@ def reduce_between(
             f"a reduction needs blocks that call fused attention once, not {len(seen) // len(runs)} times; leave this "
             "block out of the schedule, or create the model after timm.layers.set_fused_attn(True)"
         )
-    plans = [reduction.plan(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
-    after = _apply(plans, before, runs)
-    return run_blocks(mlp, after, one_by_one=one_by_one), Step(plans, lengthen(after.lengths, -prefix))
+    assignments = [reduction.assign(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
+    after = _apply(reduction, assignments, before, runs)
+    return run_blocks(mlp, after, one_by_one=one_by_one), Step(assignments, lengthen(after.lengths, -prefix))
 
 
-def _apply(plans: list[Plan], packed: Packed, runs: list[Tensor]) -> Packed:
+def _apply(reduction: Reduction, assignments: list[Assignment], packed: Packed, runs: list[Tensor]) -> Packed:
+    """Packed images of fewer tokens, with the sizes, key sizes and positions of these."""
     nothing: list[Tensor] | list[None] = [None] * len(runs)
     sizes = nothing if packed.sizes is None else packed.runs(packed.sizes)
-    key_size = nothing if packed.key_size is None else packed.runs(packed.key_size)
-    values, new_sizes, new_counted = [], [], []
-    for plan, tokens, size, count in zip(plans, runs, sizes, key_size, strict=True):
-        fewer, total = plan.apply(tokens, size)
-        values.append(fewer)
-        new_sizes.append(total)
-        new_counted.append(plan.count(count, size, total))
+    key_sizes = nothing if packed.key_size is None else packed.runs(packed.key_size)
+    fewer = [own.apply(tokens, size) for own, tokens, size in zip(assignments, runs, sizes, strict=True)]
+    values, totals = ([each[part] for each in fewer] for part in (0, 1))
+    every = zip(assignments, key_sizes, sizes, totals, strict=True)
+    new_key_sizes = [own for own in (reduction.key_size(*each) for each in every) if own is not None]
     lengths = _lengths(values)
-    lazy_property = [count for count in new_counted if count is not None]
-    bias_on_self = packed.bias_on_self and not isinstance(plans[0], AbsorbPlan)
-    places = None if packed.places is None else _move(plans, packed, packed.places, lengths)
-    counts = _flat(lazy_property) if lazy_property else None
-    return Packed(_flat(values), lengths, _flat(new_sizes), counts, places, bias_on_self)
+    places = packed.places
+    if places is not None:
+        each = zip(assignments, packed.runs(places.rows), sizes, strict=True)
+        places = places.replace(_flat([own.apply(at, size)[0] for own, at, size in each]), lengths, whole=False)
+    key_size = _flat(new_key_sizes) if new_key_sizes else None
+    bias_on_self = packed.bias_on_self and reduction.bias_on_self
+    return Packed(_flat(values), lengths, _flat(totals), key_size, places, bias_on_self)
 
 
 def _lengths(values: Sequence[Tensor]) -> Sequence[int]:
@@ -83,20 +81,6 @@ def _lengths(values: Sequence[Tensor]) -> Sequence[int]:
     if len(values) == 1:
         return equal_lengths(values[0].shape[1], values[0].shape[0])
     return tuple(value.shape[1] for value in values)
-
-
-def _move(plans: list[Plan], packed: Packed, places: Positions, lengths: Sequence[int]) -> Positions:
-    """Where the tokens of other lengths are that plans make."""
-    runs, prefix = packed.runs(places.rows), places.prefix
-    sizes = [None] * len(runs) if packed.sizes is None else packed.runs(packed.sizes)
-    moved = []
-    for index, (plan, at, size) in enumerate(zip(plans, runs, sizes, strict=True)):
-        amount, times = None if size is None else size[:, prefix:], plan.times()
-        if times is not None:
-            amount = times if amount is None else amount * times
-        means = mean_positions(at[:, prefix:], amount, plan.places(), lengths[index] - prefix)
-        moved.append(F.pad(means, (0, 0, prefix, 0), value=PREFIX))
-    return places.replace(_flat(moved), lengths, whole=False)
 
 
 def _flat(runs: Sequence[Tensor]) -> Tensor:
@@ -107,8 +91,7 @@ def _flat(runs: Sequence[Tensor]) -> Tensor:
 def follow(words: Words, steps: Sequence[Step]) -> Words:
     """Words to those after all reductions inside the blocks."""
     for step in steps:
-        places = _flat([plan.places() for plan in step.plans])
-        every = [plan.times() for plan in step.plans]
-        times = [own for own in every if own is not None]
-        words = regroup(words, places, step.counts, _flat(times) if times else None)
+        target = _flat([own.target for own in step.assignments])
+        weights = [own.weight for own in step.assignments if own.weight is not None]
+        words = regroup(words, target, step.counts, _flat(weights) if weights else None)
     return words

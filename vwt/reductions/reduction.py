@@ -11,11 +11,12 @@ channels. All functions are dense; `vwt.models.backbone` calls them on a batch o
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from vwt.errors import ArgumentError
-from vwt.reductions.assignment import Plan
+from vwt.reductions.assignment import Assignment
 from vwt.tokens.attention import Attend
 
 
@@ -41,6 +42,8 @@ class Reduction:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.amount!r})"
 
+    bias_on_self: ClassVar[bool] = True  # whether attention counts a token so too when it attends to itself
+
     @property
     def kind(self) -> str:
         """The operation's name in files and tables."""
@@ -60,11 +63,23 @@ class Reduction:
         return max(0, min(self.wanted(patches), self.most(patches)))
 
     def watch(self, prefix: int, seen: list[Tensor]) -> Attend:
-        """Attention that appends to `seen` what `plan` needs."""
+        """Attention that appends to `seen` what `assign` needs."""
         raise NotImplementedError
 
-    def plan(self, seen: Tensor, tokens: Tensor, prefix: int) -> Plan:
-        """The plan for what was seen of a batch, and its tokens (B, n, C) after the attention."""
+    def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
+        """Which patch tokens become which, by what was seen of a batch and its tokens (B, n, C) after the attention."""
+        raise NotImplementedError
+
+    @staticmethod
+    def key_size(assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
+        """How often attention counts each new token as a key (B, n'), None where once each.
+
+        Args:
+            assignment: what `assign` gave.
+            key_size: (B, n) float32, the same of the former tokens.
+            sizes: (B, n) float32, patches that each of these stands for, None where all are 1.
+            total: (B, n') float32, the same of the new ones.
+        """
         raise NotImplementedError
 
 

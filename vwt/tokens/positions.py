@@ -102,21 +102,6 @@ def word_positions(words: Words) -> Tensor:
     return merge(places.expand(words.group.shape[0], -1, -1), words)
 
 
-def mean_positions(at: Tensor, sizes: Tensor | None, new: Tensor, count: int) -> Tensor:
-    """Places (b, m, 2) of tokens that count so often (b, m) in their means, to the means of those that become one.
-
-    Args:
-        at: (b, m, 2), without prefix tokens.
-        sizes: None where all are 1.
-        new: (b, m) int64, the new number of each.
-        count: how many tokens there are then.
-    """
-    weights = at.new_ones(at.shape[:2]) if sizes is None else sizes
-    weighted = torch.cat([at * weights[..., None], weights[..., None]], dim=-1)
-    sums = at.new_zeros(at.shape[0], count, 3).scatter_add(1, new[..., None].expand(-1, -1, 3), weighted)
-    return sums[..., :2] / sums[..., 2:]
-
-
 def gather_bias(bias: Tensor, index: Tensor) -> Tensor:
     """A bias for each two tokens (1, H, F, F) to that of chosen ones (b, n) of each image: (b, H, n, n)."""
     return bias[0][:, index[:, :, None], index[:, None, :]].transpose(0, 1)
