@@ -25,9 +25,12 @@ _BLOCK = 1 << 21
 
 
 # What a cosine in float32 may be off by, in whatever order a processor's library adds the products: one after another,
-# 800 of them were off by 2e-6. A patch that is a word is within a threshold of 0; pairs this close are compared in
-# float64.
+# 800 of them were off by 2e-6. Pairs this close are compared in float64.
 _ROUNDING = 1e-5
+
+
+# Beyond a threshold, so that a patch that is a word is within a threshold of 0.
+_TOLERANCE = 3e-6
 
 
 # Principal directions of the sketches, which have two columns more: of short words, and of long ones in two steps.
@@ -53,7 +56,7 @@ def check_threshold(threshold: float) -> None:
 
 def within(similarity: Tensor, threshold: float) -> Tensor:
     """Whether cosine similarities are within a threshold of cosine distance, up to rounding."""
-    return similarity >= 1.0 - threshold - _ROUNDING
+    return similarity >= 1.0 - threshold - _TOLERANCE
 
 
 def nearest_words(features: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +147,7 @@ class WordIndex(nn.Module):
 
     def _match(self, patches: Tensor, threshold: float) -> Tensor:
         """By ruling pairs out, for unit patches (M, D)."""
-        least = 1.0 - threshold - _ROUNDING
+        least = 1.0 - threshold - _TOLERANCE
         projected = patches @ self.basis
         owner, word, floor = self._rule_out(patches, projected[:, : self.coarse.shape[1] - 2], least)
         if self.long:
