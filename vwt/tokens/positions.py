@@ -92,8 +92,8 @@ def grid_positions(grid: tuple[int, int], device: torch.device | None = None) ->
 def word_positions(words: Words) -> Tensor:
     """Mean row and column of the patches of each token, image after image: (T', 2) float32, prefix tokens not counted.
 
-    >>> from vwt.words import group_words
-    >>> place_words(group_words(torch.tensor([[0, 1, 0, 2]]), 3, (2, 2)))
+    >>> from vwt.tokens.words import group_words
+    >>> word_positions(group_words(torch.tensor([[0, 1, 0, 2]]), 3, (2, 2)))
     tensor([[0.5000, 0.0000],
             [0.0000, 1.0000],
             [1.0000, 1.0000]])
