@@ -1,15 +1,12 @@
-"""What the energy benchmark keeps, windows as they end, and the tables and the plot that are made of them."""
+"""What the energy benchmark keeps, windows as they end, and the tables that are made of them."""
 
 import json
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from harness import Row, print_table, save_results
-from scipy import stats
+from results import Row, mean_interval, print_table, save_results
 
 from vwt.energy.meter import Energy
 from vwt.errors import ArgumentError
@@ -86,23 +83,15 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        """Write all, so that a file holds either the old or the new state."""
-        drafts = [path.with_name(path.name + ".new") for path in self.paths]
+        """Write all."""
         tables = {"energy": self.rows(), "devices": self.device_rows(), "idle": self.idle, "windows": self.windows}
-        save_results(drafts, self.header, {**tables, "facts": self.facts})
-        for draft, path in zip(drafts, self.paths, strict=True):
-            os.replace(draft, path)
+        save_results(self.paths, self.header, {**tables, "facts": self.facts})
 
     def rows(self) -> list[Row]:
         """The table: a row for each variant."""
-        batch = self.header["arguments"]["batch_size"]
         found = []
         for facts in self.facts:
-            windows = self.of(self.windows, facts["name"], "total")
-            row = {
-                "name": facts["name"],
-                **(summarise(windows, self.idle_watts("total"), batch) if windows else {"source": "none"}),
-            }
+            row = {"name": facts["name"], "group": facts["group"], "source": "none", **self.summary(facts["name"])}
             lost = row.pop("note", None) if self.header["sensors"] else None  # without any, one line says it for all
             notes = [note for note in (facts["note"], lost) if note]
             row |= {"tokens": facts["tokens"], "agreement": facts["agreement"], "note": "; ".join(notes) or None}
@@ -111,16 +100,15 @@ class Record:
 
     def device_rows(self) -> list[Row]:
         """The same for each device."""
-        batch = self.header["arguments"]["batch_size"]
         pairs = dict.fromkeys((row["name"], row["device"]) for row in self.windows if row["device"] != "total")
-        return [
-            {
-                "name": name,
-                "device": device,
-                **summarise(self.of(self.windows, name, device), self.idle_watts(device), batch),
-            }
-            for name, device in pairs
-        ]
+        return [{"name": name, "device": device, **self.summary(name, device)} for name, device in pairs]
+
+    def summary(self, name: str, device: str = "total") -> Row:
+        """Means and intervals of a variant and a device; empty before its first window."""
+        windows = [row for row in self.windows if (row["name"], row["device"]) == (name, device)]
+        if not windows:
+            return {}
+        return summarise(windows, self.idle_watts(device), self.header["arguments"]["batch_size"])
 
     def by_device(self) -> tuple[list[Row], list[str]]:
         """Joules an image, a row for each variant and a column for each device that gave any; and those devices."""
@@ -139,11 +127,6 @@ class Record:
                 watts.setdefault(row["session"], []).append(row["watts"])
         return {session: float(np.mean(values)) for session, values in watts.items()}
 
-    @staticmethod
-    def of(table: Sequence[Row], name: str, device: str) -> list[Row]:
-        """Rows of a variant and a device."""
-        return [row for row in table if (row["name"], row["device"]) == (name, device)]
-
 
 def difference(then: Row, now: Row) -> str:
     """The first thing in which two headers differ, in words."""
@@ -154,18 +137,6 @@ def difference(then: Row, now: Row) -> str:
         if value != then[name]:
             return f"another {name}: {then[name]}, and not {value}"
     raise ValueError("the headers are equal")
-
-
-# -- arithmetic --------------------------------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and half the width of its 95 % confidence interval; None of a single value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return mean, float(half)
 
 
 def summarise(windows: Sequence[Row], idle_watts: dict[int, float], batch: int) -> Row:
@@ -181,12 +152,12 @@ def summarise(windows: Sequence[Row], idle_watts: dict[int, float], batch: int) 
     row: Row = dict.fromkeys(("joules_per_image", "joules_ci", "above_idle", "watts", "watts_ci"))
     known = [window for window in windows if window["joules"] is not None]
     if known:
-        row["joules_per_image"], row["joules_ci"] = interval([w["joules"] / w["images"] for w in known])
-        row["watts"], row["watts_ci"] = interval([w["watts"] for w in known])
+        row["joules_per_image"], row["joules_ci"] = mean_interval([w["joules"] / w["images"] for w in known])
+        row["watts"], row["watts_ci"] = mean_interval([w["watts"] for w in known])
         if all(w["session"] in idle_watts for w in known):
             above = [(w["joules"] - idle_watts[w["session"]] * w["seconds"]) / w["images"] for w in known]
             row["above_idle"] = float(np.mean(above))
-    row["ms"], row["ms_ci"] = interval([1e3 * batch * w["seconds"] / w["images"] for w in windows])
+    row["ms"], row["ms_ci"] = mean_interval([1e3 * batch * w["seconds"] / w["images"] for w in windows])
     row["images_per_second"] = 1e3 * batch / row["ms"]
     sources = sorted({w["source"] for w in known})
     row |= {"windows": len(windows), "source": "+".join(sources) or "none", "note": None}
@@ -194,9 +165,6 @@ def summarise(windows: Sequence[Row], idle_watts: dict[int, float], batch: int) 
     if lost:
         row["note"] = f"no joules in {len(lost)} of {len(windows)} windows: {lost[-1]}"
     return row
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def report(record: Record) -> None:
@@ -215,34 +183,3 @@ def report(record: Record) -> None:
     totals = [row for row in record.windows if row["device"] == "total"]
     share = sum(row["cost"] for row in totals) / sum(row["seconds"] for row in totals)
     print(f"\nThe meter itself took {100 * share:.4f} % of the windows' time.")
-
-
-def plot_energy(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draw joules an image over agreement, with confidence intervals.
-
-    Args:
-        path: .png, .svg or .pdf.
-        rows: with name, agreement, joules_per_image, joules_ci and source.
-        title: of the plot.
-
-    Raises:
-        ArgumentError: if no row has joules.
-    """
-    known = [row for row in rows if row.get("joules_per_image") is not None]
-    if not known:
-        raise ArgumentError(f"no window has joules, see the notes; {path} was not drawn")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="tight")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for index, row in enumerate(known):
-        error = row["joules_ci"] or 0.0
-        style = "osD^v"[index // 10 % 5]
-        axes.errorbar(row["agreement"], row["joules_per_image"], error, fmt=style, capsize=3, label=row["name"])
-    sources = ", ".join(sorted({row["source"] for row in known}))
-    axes.set(xlabel="agreement with the full model", ylabel=f"joules an image ({sources})", ylim=(0, None))
-    axes.set_title(title, fontsize=8, wrap=True)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=120)

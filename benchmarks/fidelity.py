@@ -3,15 +3,15 @@
     python benchmarks/fidelity.py --model MODEL [--checkpoint FILE] --data FOLDER [--results-file NAME] [--plot FILE]
     python benchmarks/fidelity.py --model MODEL --data FOLDER --limit 1000 --no-latency
 
-Fidelity: every variant sees every image of the data set, or --limit of them drawn with the seed. `kl` is the mean over
-images of KL(full ‖ reduced) of the class distributions, in nats; `agreement` how often the first class is the full
-model's; `top1` how often it is the label's, and `top1_change` how much more often than the full model's is. Labels are
-those of --class-map (names of classes, one a line, as timm takes it); by default ImageNet's, where a data set's folders
-are WordNet ids and the model has these classes, or the data set's own where they are as many as the model's. `tokens`
-are those that enter a block, prefix included, mean over blocks and images. `_low` and `_high` are the ends of 95 %
-bootstrap intervals over images; they are paired: each resample draws the same images for all variants. The full model's
-answers are kept in --cache, by its weights and the images' pixels, and so are all scores until the run is complete: the
-same command goes on where it was interrupted; a run that is killed loses a minute.
+Fidelity: every variant (see `variants.py`) sees every image of the data set, or --limit of them drawn with the seed.
+`kl` is the mean over images of KL(full ‖ reduced) of the class distributions, in nats; `agreement` how often the first
+class is the full model's; `top1` how often it is the label's, and `top1_change` how much more often than the full
+model's is. Labels are those of --class-map (names of classes, one a line, as timm takes it); by default ImageNet's,
+where a data set's folders are WordNet ids and the model has these classes, or the data set's own where they are as many
+as the model's. `tokens` are those that enter a block, prefix included, mean over blocks and images. `_low` and `_high`
+are the ends of 95 % bootstrap intervals over images, of the differences image by image where two variants are compared.
+All scores are kept in --cache until the run is complete, by images' pixels: the same command goes on where it was
+interrupted; a run that is killed loses a minute.
 
 Latency: afterwards, at batch 1, on --images of the images, all variants in turn (see benchmarks/latency.py). `ratio` is
 to the full model, the median over images of the ratio of medians over --runs; its interval is over images. This needs
@@ -25,137 +25,96 @@ import argparse
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import harness
 import numpy as np
+import timm
 import torch
-from answers import ImageCache, find_class_map, has_labels
-from fidelity_tables import (
-    COLUMNS,
-    EQUAL_KL,
-    Scores,
-    add_latency,
-    equal_kl,
-    fidelity_rows,
-    mark_fronts,
-    plot_fidelity,
-)
-from harness import (
-    Bench,
-    add_common,
-    autocast,
-    load_codebooks,
-    load_model,
-    mean_tokens,
-    open_device,
-    place,
-    positive,
+from harness import Bench, positive, weights_checksum
+from image_cache import ImageCache
+from results import (
+    Panel,
+    Row,
+    bootstrap_interval,
+    pareto,
+    plot,
     print_table,
-    results_paths,
+    ratio,
+    ratio_interval,
     save_results,
-    schedule_name,
-    weights_checksum,
 )
-from latency import SCHEDULES, make_peers, possible, strategies
-from peers import RandomDrop, TokenMerging, in_the_papers_way
 from torch import Tensor
 from tqdm import tqdm
+from variants import FULL, OURS, PEERS, Module, build, choose, mean_tokens, registry, with_notes
 
 import vwt
-from vwt import Absorb, InterImage, Neighbours, Plan, PruningSchedule, VWTokenizer
-from vwt.cli import Parser
+from vwt import InterImage
 from vwt.datasets import Batch, ImageSource
-from vwt.errors import ArgumentError, DataError, VWTError
-from vwt.measure.environment import hardware
+from vwt.errors import ArgumentError, DataError
 from vwt.measure.timing import on_batches
-from vwt.models.backbone import Backbone
-from vwt.models.spec import PatchSpec
-from vwt.pictures.figures import check_picture
 from vwt.tuning.calibration import compare
 
-DROPS = (0.15, 0.225, 0.33, 0.4)  # shares of the patches that go before the blocks: 29, 44, 64 and 78 of 196
-TOGETHER = [(0.15, 0.4), (0.15, 0.5), (0.225, 0.4), (0.33, 0.4), (0.4, 0.5)]  # and inside them
-ROW_OF_FULL = "full"
-RANDOM, PAPER, TOME, POMT, TOPK = "random drop", "VWT paper", "ToMe", "POMT, the paper's way", "top-k"
-NEIGHBOURS, BOTH, INSIDE, FILES = "Neighbours", "Neighbours + merge", "schedule", "from files"
-PEERS = (RANDOM, PAPER, TOME, POMT, TOPK)
+COLUMNS = {
+    "name": "", "tokens": ".1f", "agreement": ".3f", "agreement_low": ".3f", "agreement_high": ".3f", "kl": ".4f",
+    "kl_low": ".4f", "kl_high": ".4f", "top1": ".4f", "top1_change": "+.4f", "top1_change_low": "+.4f",
+    "top1_change_high": "+.4f", "ms": ".2f", "ratio": ".3f", "ratio_low": ".3f", "ratio_high": ".3f", "front": "",
+    "note": "",
+}  # fmt: skip
+EQUAL_KL = {
+    "peer": "", "kl": ".4f", "vwt": "", "vwt_kl": ".4f", "kl_change_low": "+.4f", "kl_change_high": "+.4f",
+    "tokens": ".3f", "latency": ".3f", "latency_low": ".3f", "latency_high": ".3f",
+}  # fmt: skip
+SYNSETS = Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt"
+KL = ("kl_low", "kl_high"), "KL(full ‖ reduced), nats, mean and 95 % interval"
+OVER_TOKENS = Panel("tokens", "kl", KL[0], ("tokens an image, mean over blocks", KL[1]), front=True)
+OVER_LATENCY = Panel("ratio", "kl", KL[0], ("latency at batch 1, of the full model's", KL[1]), front=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and save; returns the exit status."""
-    arguments = make_parser().parse_args(argv)
-    try:
-        run(arguments)
-    except VWTError as error:
-        print(f"fidelity: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nfidelity: interrupted; the same command goes on with what is kept in --cache", file=sys.stderr)
-        return 130
-    return 0
-
-
-def make_parser() -> Parser:
-    """The options; `--batch-size` is said anew, since latency is at batch 1."""
-    parser = Parser(
-        prog="fidelity",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",
-    )
-    add_common(parser)
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="for fidelity; latency is at 1")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options; --batch-size is for fidelity, latency is at batch 1."""
+    harness.add_common(parser)
+    parser.set_defaults(batch_size=32)
     parser.add_argument("--limit", type=positive, metavar="N", help="images for fidelity, drawn at random; default all")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="names of classes, one a line")
-    parser.add_argument("--threshold", nargs="+", type=float, default=[0.1, 0.2], help="cosine distances of InterImage")
-    parser.add_argument("--topk", nargs="+", type=positive, default=[84, 112], help="patches that top-k keeps")
-    parser.add_argument("--schedule", action="append", type=Path, metavar="JSON", help="of vwt schedule; repeatable")
-    parser.add_argument("--plan", action="append", type=Path, metavar="JSON", help="of vwt tune; repeatable")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="variants with one of these in their names")
-    parser.add_argument("--no-peers", action="store_true", help="leave ToMe, POMT and top-k out")
     parser.add_argument("--no-latency", action="store_true", help="leave latency out")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw KL over tokens and over latency")
-    parser.set_defaults(torchcompile=False)
-    return parser
 
 
-@torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
     if arguments.workers < 0:
         raise ArgumentError(f"--workers is {arguments.workers}; expected at least 0")
-    check_picture(arguments.plot)
-    paths = results_paths(arguments.results_file)
-    bench = Bench(arguments, open_device(arguments), load_model(arguments))
+    bench = Bench.open(arguments)
     images = open_images(bench)
-    answers = ImageCache(arguments.cache / f"full-{answers_name(bench, images.source)}")
-    bench.codebooks = load_codebooks(arguments, bench.model, [("embedding", 1000)])
-    latency_images = None if arguments.no_latency else bench.images
-    place(bench.model, bench.device, arguments.precision)
-    variants = make_variants(bench)
-    line = hardware(bench.device, arguments.precision)
-    print(f"{line}\n{arguments.model}, {len(images.chosen) or 'all'} images of {arguments.data}{images.remark}")
-    known = ImageCache(arguments.cache / f"scores-{scores_name(bench, variants, answers.path.name, line)}")
-    scores = measure_fidelity(bench, variants, images, answers, known)
-    rows = fidelity_rows(scores, {v.name: v.family for v in variants}, arguments.seed)
-    header = {"hardware": line, "arguments": vars(arguments), "images": len(scores[ROW_OF_FULL].kl)}
-    save_results(paths, header, {"fidelity": rows})  # whatever becomes of the rest
-    seconds: dict[str, np.ndarray] = {}
-    if latency_images is not None:
-        seconds = measure_latency(bench, variants, bench.batches(latency_images, 1))
-        add_latency(rows, seconds, arguments.seed)
+    variants = choose(registry(bench), arguments.only)
+    batches = [] if arguments.no_latency else bench.batches(1)
+    modules, notes = build(bench, variants, bench.prepare(images.first()))
+    header = bench.header
+    title = f"{arguments.model}, {len(images.chosen) or 'all'} images of {arguments.data}"
+    print(f"{header['hardware']}\n{title}{images.remark}")
+    known = ImageCache(arguments.cache / scores_name(bench, modules, images))
+    scores = measure_fidelity(bench, modules, images, known)
+    header["images"] = len(scores.kl)
+    rows = fidelity_rows(scores, arguments.seed)
+    save_results(bench.paths, header, {"fidelity": with_notes(variants, rows, notes)})  # whatever becomes of the rest
+    seconds = measure_latency(bench, modules, batches) if batches else {}
+    baselines = {variant.name: variant.baseline for variant in variants}
+    for row in rows if seconds else ():
+        row |= latency_columns(seconds[row["name"]], seconds[baselines[row["name"]]], arguments.seed)
     mark_fronts(rows)
-    tables = {"fidelity": rows, "equal_kl": equal_kl(rows, scores, seconds, PEERS, arguments.seed)}
+    rows = with_notes(variants, rows, notes)
+    tables = {"fidelity": rows, "equal_kl": equal_kl(rows, scores, seconds, arguments.seed)}
     print_table("Fidelity", rows, COLUMNS)
     print_table("At the KL of the comparators", tables["equal_kl"], EQUAL_KL)
-    save_results(paths, header, tables)
+    save_results(bench.paths, header, tables)
     if arguments.plot:
-        plot_fidelity(arguments.plot, rows, f"{arguments.model}, {header['images']} images\n{line}")
+        shown = [row for row in rows if row.get("kl", 0) > 0]
+        panels = [OVER_TOKENS, OVER_LATENCY] if seconds else [OVER_TOKENS]
+        plot(arguments.plot, shown, panels, f"{title}\n{header['hardware']}")
     known.path.unlink(missing_ok=True)
 
 
@@ -177,6 +136,17 @@ class Images:
     chosen: Sequence[int]
     labelled: bool
     remark: str
+
+    def first(self) -> Tensor:
+        """One that can be read, (1, C, H, W) uint8.
+
+        Raises:
+            DataError: if there is none.
+        """
+        found = self.source.sample(1)
+        if not len(found):
+            raise DataError(f"{self.source.source} has no image that can be read")
+        return found
 
     def batches(self, size: int, workers: int) -> Iterator[Batch]:
         """All of them, in order."""
@@ -210,132 +180,71 @@ def open_images(bench: Bench) -> Images:
     return Images(source, chosen, labelled, remark)
 
 
-def answers_name(bench: Bench, source: ImageSource) -> str:
-    """What names the full model's answers: model, weights, data set and precision."""
-    precision = f"{bench.arguments.precision}-{bench.device.type}"
-    parts = (weights_checksum(bench.model)[:8], source.fingerprint()[:8], f"{source.input_size[-1]}px", precision)
-    return f"{PatchSpec.of(bench.model).model}-{'-'.join(parts)}.safetensors"
+def find_class_map(source: ImageSource, classes: int) -> Path | None:
+    """ImageNet's classes, if the model has as many, and those of a data set are named by its WordNet ids."""
+    names = set(SYNSETS.read_text().split())
+    return SYNSETS if len(names) == classes and source.classes and set(source.classes) <= names else None
 
 
-def scores_name(bench: Bench, variants: Sequence["Variant"], answers: str, line: str) -> str:
-    """What names the scores: all that they depend on, code, machine and versions included.
+def has_labels(source: ImageSource, classes: int, class_map: Path | None) -> bool:
+    """Whether a data set's labels are the model's classes: by a map, or because there are as many.
 
-    Args:
-        bench: the options.
-        variants: what is measured, in order.
-        answers: what names the full model's.
-        line: of the hardware and versions.
+    Raises:
+        ArgumentError: if the map has more classes than the model.
     """
+    if class_map is None:
+        return len(source.classes) == classes
+    most = max(source.classes.values(), default=-1)
+    if most >= classes:
+        raise ArgumentError(f"{class_map} has {most + 1} classes, the model has {classes}; give another --class-map")
+    return True
+
+
+def scores_name(bench: Bench, modules: dict[str, Module], images: Images) -> str:
+    """The file of the scores, named by all that they depend on, code, machine and versions included."""
     options = (bench.arguments.seed, bench.arguments.batch_size, bench.arguments.limit)
-    digest = hashlib.blake2b(f"{answers}\n{line}\n{options}".encode(), digest_size=8)
-    for variant in variants:
-        strategy, schedule = (getattr(variant.module, part, None) for part in ("strategy", "schedule"))
-        digest.update(f"\n{variant.name}: {strategy}, {schedule}".encode())
+    origin = (weights_checksum(bench.model), images.source.fingerprint(), images.source.input_size)
+    digest = hashlib.blake2b(f"{origin}\n{bench.header['hardware']}\n{options}".encode(), digest_size=8)
+    for name, module in modules.items():
+        strategy, schedule = (getattr(module, part, None) for part in ("strategy", "schedule"))
+        digest.update(f"\n{name}: {strategy}, {schedule}".encode())
         if isinstance(strategy, InterImage):
             digest.update(strategy.codebook.words.numpy().tobytes())
     for folder in (Path(vwt.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
-    return f"{digest.hexdigest()}.safetensors"
-
-
-# -- variants ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Something to measure.
-
-    Attributes:
-        name: of its row.
-        family: what it is one of, for the plot.
-        module: from images, normalised for the model, to logits.
-    """
-
-    name: str
-    family: str
-    module: Callable[[Tensor], Tensor]
-
-
-def make_variants(bench: Bench) -> list[Variant]:
-    """The full model first, then what --only leaves.
-
-    Raises:
-        ArgumentError: if that is nothing.
-    """
-    made = [*own_variants(bench), *variants_of_files(bench)]
-    if not bench.arguments.no_peers:
-        made += peer_variants(bench)
-    only = bench.arguments.only
-    chosen = [v for v in made if only is None or any(text in v.name for text in only)]
-    if not chosen:
-        raise ArgumentError(
-            f"no variant has {' or '.join(only)} in its name; there are {', '.join(v.name for v in made)}"
-        )
-    return [Variant(ROW_OF_FULL, ROW_OF_FULL, bench.model), *chosen]
-
-
-def own_variants(bench: Bench) -> list[Variant]:
-    """What is done before the blocks, inside them, and both."""
-    model, made = bench.model, []
-    backbone = Backbone(model)
-
-    def add(name: str, family: str, strategy: Any = None, schedule: PruningSchedule | None = None) -> None:
-        made.append(Variant(name, family, VWTokenizer(model, strategy, schedule)))
-
-    for drop in (*DROPS, 0.5):
-        add(f"random drop {drop:g}", RANDOM, RandomDrop(drop, bench.arguments.seed))
-    for name, strategy in strategies(bench).items():
-        add(name, PAPER, strategy)
-    for drop in DROPS:
-        add(f"Neighbours {drop:g}", NEIGHBOURS, Neighbours(drop))
-    for drop, merged in TOGETHER:
-        schedule = PruningSchedule({backbone.depth // 2: Absorb(merged)})
-        add(f"Neighbours {drop:g} + {schedule_name(schedule)}", BOTH, Neighbours(drop), schedule)
-    for schedule in possible(SCHEDULES, backbone.depth, backbone.patches):
-        add(schedule_name(schedule), INSIDE, None, schedule)
-    return made
-
-
-def peer_variants(bench: Bench) -> list[Variant]:
-    """The comparators that are no strategies of vwt."""
-    backbone = Backbone(bench.model)
-    peers = make_peers(bench).items()
-    made = [Variant(name, TOME if isinstance(module, TokenMerging) else TOPK, module) for name, module in peers]
-    for schedule in possible(SCHEDULES, backbone.depth, backbone.patches):
-        if (paper := in_the_papers_way(bench.model, schedule)) is not None:
-            made.append(Variant(f"POMT R {paper.removed} in block {paper.block}", POMT, paper))
-    return made
-
-
-def variants_of_files(bench: Bench) -> list[Variant]:
-    """Schedules and plans that were saved."""
-    options = bench.arguments
-    schedules = [
-        Variant(f"schedule {path.name}", FILES, VWTokenizer(bench.model, schedule=PruningSchedule.load(path)))
-        for path in options.schedule or []
-    ]
-    # A plan of another machine may well be measured here.
-    plans = [
-        Variant(f"plan {path.name}", FILES, Plan.load(path).apply(bench.model, force=True))
-        for path in options.plan or []
-    ]
-    return schedules + plans
+    return f"scores-{digest.hexdigest()}.safetensors"
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def measure_fidelity(
-    bench: Bench, variants: Sequence[Variant], images: Images, answers: ImageCache, known: ImageCache
-) -> dict[str, Scores]:
-    """Scores of all variants by name, the full model's first.
+@dataclass(frozen=True)
+class Scores:
+    """What v variants, the full model first, do to each of n images.
+
+    Attributes:
+        names: of the variants.
+        kl: (n, v) KL(full ‖ reduced), nats.
+        agrees: (n, v) 1.0 where the first class is the full model's, else 0.0.
+        right: (n, v) 1.0 where it is the label, else 0.0; None where there are no labels.
+        tokens: (n, v) prefix included, mean over the blocks that they enter.
+    """
+
+    names: list[str]
+    kl: np.ndarray
+    agrees: np.ndarray
+    right: np.ndarray | None
+    tokens: np.ndarray
+
+
+def measure_fidelity(bench: Bench, modules: dict[str, Module], images: Images, known: ImageCache) -> Scores:
+    """Scores of all variants, the full model's first.
 
     Args:
         bench: the model.
-        variants: what is measured.
+        modules: what is measured, by name.
         images: what on.
-        answers: the full model's.
         known: what `score` found before.
 
     Raises:
@@ -346,49 +255,112 @@ def measure_fidelity(
     labels: list[int] = []
     skipped: list[str] = []
     with (
-        autocast(bench.device, options.precision),
+        bench.autocast(),
         tqdm(total=len(images.chosen) or None, desc="fidelity", unit="img", disable=options.quiet) as bar,
     ):
         try:
             for batch in images.batches(options.batch_size, options.workers):
                 skipped += [f"{name} ({reason})" for _, name, reason in batch.skipped]
                 if batch.indices:
-                    figures.append(known(batch.images, partial(score, bench, variants, batch, answers)))
+                    figures.append(known(batch.images, partial(score, bench, modules, batch.images)))
                     labels += batch.labels
                 bar.update(len(batch.indices) + len(batch.skipped))
         finally:
-            answers.save()
             known.save()
     if skipped:
         named = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
         print(f"fidelity: left out {len(skipped)} that cannot be read: {named}", file=sys.stderr)
     if not figures:
         raise DataError(f"{options.data} has no image that can be read")
-    columns = torch.cat(figures).permute(1, 2, 0).numpy()  # (variants, 4, n)
-    return {
-        variant.name: Scores(kl, agrees, (best == labels).astype(float) if images.labelled else None, tokens)
-        for variant, (kl, agrees, best, tokens) in zip(variants, columns, strict=True)
-    }
+    kl, agrees, best, tokens = torch.cat(figures).permute(2, 0, 1).numpy()  # each (n, variants)
+    right = (best == np.array(labels)[:, None]).astype(float) if images.labelled else None
+    return Scores(list(modules), kl, agrees, right, tokens)
 
 
-def score(bench: Bench, variants: Sequence[Variant], batch: Batch, answers: ImageCache) -> Tensor:
-    """KL, agreement, first class and tokens of each variant on the images of one batch: (B, variants, 4) float64."""
-    inputs, backbone = bench.prepare(batch.images), Backbone(bench.model)
-    full = answers(batch.images, lambda: bench.model(inputs).float().cpu())
+def score(bench: Bench, modules: dict[str, Module], images: Tensor) -> Tensor:
+    """KL, agreement, first class and tokens of each variant on images (B, C, H, W) uint8: (B, variants, 4) float64."""
+    inputs = bench.prepare(images)
+    full = bench.model(inputs).float().cpu()
     figures = []
-    for variant in variants:
-        logits = full if variant.name == ROW_OF_FULL else variant.module(inputs).float().cpu()
+    for name, module in modules.items():
+        logits = full if name == FULL else module(inputs).float().cpu()
         found = compare(full, logits)
-        tokens = mean_tokens(variant.module, backbone.prefix + backbone.patches, inputs)
+        tokens = mean_tokens(bench, module, inputs)
         figures.append(torch.stack([x.double() for x in (found.kl, found.agrees, logits.argmax(-1), tokens)], dim=-1))
     return torch.stack(figures, dim=1)
 
 
-def measure_latency(bench: Bench, variants: Sequence[Variant], batches: list[Tensor]) -> dict[str, np.ndarray]:
+def measure_latency(bench: Bench, modules: dict[str, Module], batches: list[Tensor]) -> dict[str, np.ndarray]:
     """Seconds (images, runs) of all variants by name, interleaved."""
-    timed = bench.time([{"actual": on_batches(v.module, batches)} for v in variants], len(batches))
-    return {v.name: seconds["actual"] for v, seconds in zip(variants, timed, strict=True)}
+    timed = bench.time([{"actual": on_batches(bench.compiled(m), batches)} for m in modules.values()], len(batches))
+    return {name: seconds["actual"] for name, seconds in zip(modules, timed, strict=True)}
 
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def fidelity_rows(scores: Scores, seed: int) -> list[Row]:
+    """One row a variant, in their order."""
+    figures = {"agreement": scores.agrees, "kl": scores.kl}
+    if scores.right is not None:
+        figures["top1_change"] = scores.right - scores.right[:, :1]
+    ends = bootstrap_interval(np.concatenate(list(figures.values()), axis=1), seed)
+    low, high = (end.reshape(len(figures), -1) for end in ends)
+    rows: list[Row] = []
+    for at, name in enumerate(scores.names):
+        row: Row = {"name": name, "tokens": float(scores.tokens[:, at].mean())}
+        if scores.right is not None:
+            row["top1"] = float(scores.right[:, at].mean())
+        for index, (figure, values) in enumerate(figures.items()):
+            row[figure] = float(values[:, at].mean())
+            row |= {f"{figure}_low": float(low[index, at]), f"{figure}_high": float(high[index, at])}
+        rows.append(row)
+    return rows
+
+
+def latency_columns(own: np.ndarray, baseline: np.ndarray, seed: int) -> Row:
+    """Milliseconds, and the ratio to a baseline, of seconds (items, runs)."""
+    low, high = ratio_interval(own, baseline, seed)
+    return {"ms": 1e3 * float(np.median(own)), "ratio": ratio(own, baseline), "ratio_low": low, "ratio_high": high}
+
+
+def mark_fronts(rows: Sequence[Row]) -> None:
+    """Say of each row on which Pareto fronts it is: "tokens", "latency", both, or none."""
+    fronts = {"tokens": pareto(rows, "tokens", "kl"), "latency": pareto(rows, "ratio", "kl")}
+    for row in rows:
+        row["front"] = " ".join(name for name, front in fronts.items() if any(row is other for other in front))
+
+
+def equal_kl(rows: Sequence[Row], scores: Scores, seconds: dict[str, np.ndarray], seed: int) -> list[Row]:
+    """For each comparator, the cheapest variant of vwt with at most its KL.
+
+    Args:
+        rows: of the table; those with a note are left out.
+        scores: of the others.
+        seconds: (items, runs) by name; empty where latency was not measured, and tokens are the cost.
+        seed: of the bootstrap.
+    """
+    cost = "ratio" if seconds else "tokens"
+    kl = dict(zip(scores.names, scores.kl.T, strict=True))
+    ours, peers = ([row for row in rows if row["group"] in groups and row["name"] in kl] for groups in (OURS, PEERS))
+    found = []
+    for peer in peers:
+        best = min((row for row in ours if row["kl"] <= peer["kl"]), key=lambda row: row[cost], default=None)
+        if best is None:
+            continue
+        low, high = bootstrap_interval((kl[best["name"]] - kl[peer["name"]])[:, None], seed)
+        row: Row = {"peer": peer["name"], "kl": peer["kl"], "vwt": best["name"], "vwt_kl": best["kl"]}
+        row |= {"kl_change_low": float(low[0]), "kl_change_high": float(high[0])}
+        row["tokens"] = best["tokens"] / peer["tokens"]
+        if seconds:
+            times = latency_columns(seconds[best["name"]], seconds[peer["name"]], seed)
+            row |= {name.replace("ratio", "latency"): value for name, value in times.items() if name != "ms"}
+        found.append(row)
+    return found
+
+
+KEPT = "the same command goes on with what is kept in --cache"
+main = partial(harness.main, "fidelity", __doc__, add_options, run, if_interrupted=KEPT)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,8 @@
-"""What the benchmarks share: the hardware line, models, images and codebooks, interleaved timing, tables and plots."""
+"""What the benchmarks share: options, how a run begins and ends, model, images, codebooks, interleaved timing."""
 
 import argparse
-import csv
 import hashlib
-import json
-import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,21 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from results import Row, results_paths
 from torch import Tensor, nn
 
+from vwt.cli import Parser
 from vwt.codebook.building import BuildConfig, run_build
 from vwt.codebook.codebook import Codebook
 from vwt.datasets import ImageSource
-from vwt.errors import ArgumentError, DataError, ModelError, first_line
+from vwt.errors import ArgumentError, DataError, ModelError, VWTError, first_line
+from vwt.measure.environment import hardware
 from vwt.measure.timing import Calls, Seconds, interleave
 from vwt.models.create import create_model
 from vwt.models.spec import PatchSpec
-from vwt.reductions.reduction import patches_entering
-from vwt.tokenizer import VWTokenizer
+from vwt.pictures.figures import check_picture
 from vwt.tokens.patches import SPACES, Space, normalise
-from vwt.tuning.schedule import PruningSchedule
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -34,12 +32,37 @@ PRECISIONS = {
     "float16": torch.float16,
     "amp_bfloat16": torch.float32,  # and autocast
 }
+WORDS: list[tuple[Space, int]] = [("embedding", 1000)]
 
-Row = dict[str, Any]
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def main(
+    name: str,
+    description: str | None,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+    if_interrupted: str = "nothing was written",
+) -> int:
+    """Parse options, run a benchmark, and say in one line what went wrong; returns the exit status."""
+    parser = Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        with torch.inference_mode():
+            run(arguments)
+    except VWTError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Options on model, images, codebooks and results that all benchmarks have; timm's names where timm has them."""
+    """Options on model, images, variants and results that all benchmarks have; timm's names where timm has them."""
     parser.add_argument("--model", required=True, help="name of a timm model")
     parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
     parser.add_argument("--random-weights", action="store_true", help="no weights; latency is the same")
@@ -51,15 +74,22 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive, metavar="N", help="by default as many as torch takes")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--torchcompile", action="store_true", help="compile everything that is timed")
     parser.add_argument("--codebook", action="append", metavar="ZARR", help="can be repeated; by default, see --words")
     parser.add_argument(
         "--words", nargs="+", type=space_and_words, metavar="[SPACE:]K", help="codebooks to build: pixel:10000"
     )
     parser.add_argument("--words-data", default="../shared/data/words", help="images to build codebooks from")
+    parser.add_argument("--threshold", nargs="+", type=float, default=[0.1, 0.2], help="cosine distances of InterImage")
+    parser.add_argument("--topk", nargs="+", type=positive, default=[84, 112], help="patches that top-k keeps")
+    parser.add_argument("--schedule", action="append", type=Path, metavar="JSON", help="of vwt schedule; repeatable")
+    parser.add_argument("--plan", action="append", type=Path, metavar="JSON", help="of vwt tune; repeatable")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="variants with one of these in name, or as group")
     parser.add_argument("--cache", type=Path, default=Path("results"), help="folder that keeps built codebooks")
-    parser.add_argument("--runs", type=positive, default=10, metavar="N", help="runs on each batch")
+    parser.add_argument("--runs", type=positive, default=10, metavar="N", help="how often each is measured")
     parser.add_argument("--seed", type=int, default=0, help="of sampled images, subsets, codebooks and order")
     parser.add_argument("--results-file", type=Path, metavar="NAME", help="writes NAME.json and NAME.csv")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -81,6 +111,94 @@ def space_and_words(text: str) -> tuple[Space, int]:
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A model, placed where it is measured, and how.
+
+    Attributes:
+        arguments: the options.
+        device: where it runs.
+        model: the full one.
+        codebooks: of InterImage.
+        paths: of the results.
+    """
+
+    arguments: argparse.Namespace
+    device: torch.device
+    model: nn.Module
+    codebooks: list[Codebook] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, arguments: argparse.Namespace, words: Sequence[tuple[Space, int]] = WORDS) -> "Bench":
+        """What the options ask for, with codebooks of `words` (space and K) unless they name others.
+
+        Raises:
+            VWTError: if it cannot be had, or results or a plot cannot be written.
+        """
+        check_picture(arguments.plot)
+        paths, device = results_paths(arguments.results_file), open_device(arguments)
+        model = load_model(arguments)
+        codebooks = load_codebooks(arguments, model, words)
+        return cls(arguments, device, place(model, device, arguments.precision), codebooks, paths)
+
+    @property
+    def header(self) -> Row:
+        """What is written above all tables."""
+        return {"hardware": hardware(self.device, self.arguments.precision), "arguments": vars(self.arguments)}
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Images (n, C, H, W) uint8, drawn at random with the seed; those that cannot be read are left out.
+
+        Raises:
+            DataError: if there are fewer than --images.
+        """
+        options = self.arguments
+        source = ImageSource(options.data, self.model, split=options.split)
+        images = source.sample(options.images, seed=options.seed, progress=not options.quiet)
+        if len(images) < options.images:
+            raise DataError(
+                f"{options.data} has {len(images)} images that can be read, {options.images} were asked for with "
+                "--images"
+            )
+        return images
+
+    def batches(self, size: int | None = None) -> list[Tensor]:
+        """The images as full batches for the model; a last one that is not full is left out.
+
+        Raises:
+            ArgumentError: if they do not fill one.
+        """
+        size = size or self.arguments.batch_size
+        if self.arguments.images < size:
+            raise ArgumentError(f"--images {self.arguments.images} do not fill a batch of --batch-size {size}")
+        return [self.prepare(batch) for batch in self.images.split(size) if len(batch) == size]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) uint8, normalised in the model's dtype."""
+        spec = PatchSpec.of(self.model)
+        return normalise(images.to(self.device), spec.mean, spec.std).to(next(self.model.parameters()).dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the measured calls run within."""
+        low = self.arguments.precision.startswith("amp_")
+        return torch.autocast(self.device.type, torch.bfloat16) if low else nullcontext()
+
+    def compiled(self, module: Callable[..., Any]) -> Callable[..., Any]:
+        """A module as it is timed."""
+        return torch.compile(module) if self.arguments.torchcompile else module
+
+    def time(self, groups: Sequence[Calls], items: int) -> list[Seconds]:
+        """See `interleave`; what is compiled is warmed up on all items."""
+        options = self.arguments
+        warmup = {"warmup": items} if options.torchcompile else {}
+        with self.autocast():
+            return interleave(
+                groups, items, options.runs, device=self.device, seed=options.seed, progress=not options.quiet, **warmup
+            )
 
 
 def open_device(arguments: argparse.Namespace) -> torch.device:
@@ -126,26 +244,6 @@ def place(model: nn.Module, device: torch.device, precision: str) -> nn.Module:
     return model.to(device=device, dtype=PRECISIONS[precision]).eval()
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """What the measured calls run within."""
-    return torch.autocast(device.type, torch.bfloat16) if precision.startswith("amp_") else nullcontext()
-
-
-def sample_images(arguments: argparse.Namespace, model: nn.Module, count: int) -> Tensor:
-    """Images (count, C, H, W) uint8, drawn at random with the seed; those that cannot be read are left out.
-
-    Raises:
-        DataError: if there are too few.
-    """
-    source = ImageSource(arguments.data, model, split=arguments.split)
-    images = source.sample(count, seed=arguments.seed, progress=not arguments.quiet)
-    if len(images) < count:
-        raise DataError(
-            f"{arguments.data} has {len(images)} images that can be read, {count} were asked for with --images"
-        )
-    return images
-
-
 def load_codebooks(
     arguments: argparse.Namespace, model: nn.Module, default: Sequence[tuple[Space, int]]
 ) -> list[Codebook]:
@@ -182,144 +280,3 @@ def weights_checksum(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def mean_tokens(module: Any, full: int, images: Tensor) -> Tensor:
-    """Tokens of images (B, C, H, W), prefix included, mean over the blocks that they enter: (B,) float64.
-
-    Args:
-        module: a VWTokenizer, a peer that says its `lengths`, or the full model.
-        full: tokens of the full model.
-        images: normalised for the model.
-    """
-    if isinstance(module, VWTokenizer):
-        depth, prefix = module.backbone.depth, module.backbone.prefix
-        counts = module.tokenize(images).counts.tolist()
-        entering = [patches_entering(module.schedule, depth, count)[:-1] for count in counts]
-        return prefix + torch.tensor(entering, dtype=torch.float64).mean(dim=1)
-    own: list[int] = module.lengths(full) if hasattr(module, "lengths") else [full]
-    return torch.full((len(images),), float(np.mean(own)), dtype=torch.float64)
-
-
-def schedule_name(schedule: PruningSchedule) -> str:
-    """As rows are named: `Prune(56) in block 3`."""
-    return ", ".join(f"{what!r} in block {block}" for block, what in schedule.items())
-
-
-# -- timing ------------------------------------------------------------------------------------------------------------
-
-
-def spread(seconds: np.ndarray) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of all items and runs (items, runs), in milliseconds."""
-    low, middle, high = np.quantile(1e3 * seconds, (0.25, 0.5, 0.75))
-    return float(low), float(middle), float(high)
-
-
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float:
-    """Median over items of the ratio of medians over runs, of seconds (items, runs)."""
-    return float(np.median(np.median(numerator, axis=1) / np.median(denominator, axis=1)))
-
-
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """How values grow with at least two sizes: the slope of a line through their logarithms. 1 is linear."""
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
-
-
-@dataclass
-class Bench:
-    """A model, placed where it is measured, and how.
-
-    Attributes:
-        arguments: the options.
-        device: where it runs.
-        model: on the CPU in float32, until `images` are asked for.
-        codebooks: of the strategies.
-    """
-
-    arguments: argparse.Namespace
-    device: torch.device
-    model: nn.Module
-    codebooks: list[Codebook] = field(default_factory=list)
-
-    @cached_property
-    def images(self) -> Tensor:
-        """The sampled images (n, C, H, W) uint8; the model is placed as it is measured."""
-        images = sample_images(self.arguments, self.model, self.arguments.images)
-        place(self.model, self.device, self.arguments.precision)
-        return images
-
-    def batches(self, images: Tensor, size: int | None = None) -> list[Tensor]:
-        """Images (n, C, H, W) uint8 as full batches for the model; a last one that is not full is left out."""
-        size = size or self.arguments.batch_size
-        return [self.prepare(batch) for batch in images.split(size) if len(batch) == size]
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) uint8, normalised in the model's dtype."""
-        spec = PatchSpec.of(self.model)
-        return normalise(images.to(self.device), spec.mean, spec.std).to(next(self.model.parameters()).dtype)
-
-    def compiled(self, module: nn.Module) -> Callable[..., Any]:
-        """The module as it is measured."""
-        return torch.compile(module) if self.arguments.torchcompile else module
-
-    def time(self, groups: Sequence[Calls], items: int) -> list[Seconds]:
-        """See `interleave`; what is compiled is warmed up on all items."""
-        options = self.arguments
-        warmup = {"warmup": items} if options.torchcompile else {}
-        with autocast(self.device, options.precision):
-            return interleave(
-                groups, items, options.runs, device=self.device, seed=options.seed, progress=not options.quiet, **warmup
-            )
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def results_paths(name: Path | None) -> list[Path]:
-    """NAME.json and NAME.csv, in a folder that is made; empty without a name.
-
-    Raises:
-        ArgumentError: if the folder cannot be made or written to.
-    """
-    if name is None:
-        return []
-    stem = name.with_suffix("") if name.suffix in (".json", ".csv") else name
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(
-            f"cannot write to {stem.parent}: {error.strerror}; choose another --results-file"
-        ) from error
-    if stem.is_dir() or not os.access(stem.parent, os.W_OK):
-        raise ArgumentError(f"cannot write {stem}.json; choose another --results-file")
-    return [stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")]
-
-
-def save_results(paths: Sequence[Path], header: Row, tables: dict[str, list[Row]]) -> None:
-    """Write the header and all tables as JSON, and the rows of all tables as CSV."""
-    if not paths:
-        return
-    paths[0].write_text(json.dumps({**header, "tables": tables}, indent=2, default=str) + "\n")
-    rows = [{"table": name, **row} for name, table in tables.items() for row in table]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with paths[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def print_table(title: str, rows: Sequence[Row], columns: dict[str, str]) -> None:
-    """Print rows as a table in Markdown, with a format for each column; columns that no row has are left out."""
-    columns = {name: form for name, form in columns.items() if any(row.get(name) is not None for row in rows)}
-    cells = [
-        [format(row[name], form) if row.get(name) is not None else "" for name, form in columns.items()] for row in rows
-    ]
-    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
-    left = [form == "" for form in columns.values()]
-
-    def line(texts: Sequence[str]) -> str:
-        padded = (t.ljust(w) if at else t.rjust(w) for t, w, at in zip(texts, widths, left, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if at else "-" * (w - 1) + ":" for w, at in zip(widths, left, strict=True)]
-    print("\n".join([f"\n{title}", line(list(columns)), line(rule), *map(line, cells)]))

@@ -5,12 +5,13 @@ A part of `benchmarks/latency.py`, with --matching.
 
 import torch
 import torch.nn.functional as F
-from harness import Bench, Calls, Row, autocast, ratio, spread
+from harness import Bench
+from results import Row, ratio, spread
 from torch import Tensor
-from tqdm import tqdm
 
 from vwt import InterImage
 from vwt.codebook.matching import nearest_words, within
+from vwt.measure.timing import Calls
 from vwt.models.backbone import Backbone
 from vwt.models.spec import PatchSpec
 from vwt.tokens.patches import Space, patchify
@@ -37,31 +38,28 @@ def matching_row(bench: Bench, strategy: InterImage, images: Tensor) -> Row:
     bound = strategy.bind(PatchSpec.of(bench.model)).to(bench.device)
     directions = F.normalize(bound.codebook.words.to(bench.device), dim=-1)
     size = bench.arguments.batch_size
-    features = [features_of(bench, batch, bound.space) for batch in images[: TIMED * size].split(size)]
-    features = [f for f in features if len(f) == size]
+    features = [features_of(bench, batch, bound.space) for batch in images.split(size) if len(batch) == size]
     calls: Calls = {
         "brute": lambda item: brute_force(features[item], directions, bound.threshold),
         "own": lambda item: bound.index(features[item], bound.threshold),
     }
-    (seconds,) = bench.time([calls], len(features))
+    (seconds,) = bench.time([calls], min(TIMED, len(features)))
     row: Row = {"space": bound.space, "words": len(directions), "threshold": bound.threshold}
     for role in calls:
         row[f"{role}_q1"], row[f"{role}_ms"], row[f"{role}_q3"] = spread(seconds[role])
     row["speed_up"] = ratio(seconds["brute"], seconds["own"])
-    checks = torch.zeros(4, dtype=torch.int64)
-    for batch in tqdm(images.split(size), desc="checking", unit="batch", disable=bench.arguments.quiet):
-        patches = features_of(bench, batch, bound.space)
-        expected = brute_force(patches, directions, bound.threshold)
-        checks += compare(patches, directions, bound.threshold, bound.index(patches, bound.threshold), expected)
-    patches_seen, matched, different, beyond = checks.tolist()
-    row |= {"matched": matched / patches_seen, "patches": patches_seen}
-    return row | {"different": different, "beyond_rounding": beyond}
+    pairs = [[calls[role](item) for role in ("own", "brute")] for item in range(len(features))]
+    checks = torch.stack(
+        [compare(batch, directions, bound.threshold, *pair) for batch, pair in zip(features, pairs, strict=True)]
+    )
+    row["patches"], matched, row["different"], row["beyond_rounding"] = checks.sum(dim=0).tolist()
+    return row | {"matched": matched / row["patches"]}
 
 
 def features_of(bench: Bench, images: Tensor, space: Space) -> Tensor:
     """Images (B, C, H, W) uint8 to features (B, N, D) as a strategy sees them."""
     backbone, prepared = Backbone(bench.model), bench.prepare(images)
-    with autocast(bench.device, bench.arguments.precision):
+    with bench.autocast():
         embedded, _, grid = backbone.embed(prepared)
     return embedded if space == "embedding" else patchify(prepared, PatchSpec.of(bench.model).patch_size, grid)
 
