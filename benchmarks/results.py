@@ -20,7 +20,7 @@ Row = dict[str, Any]
 LEVEL = 0.95
 RESAMPLES = 2000
 HELD = 1 << 22  # numbers that one step of the bootstrap holds
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vP*X<"  # as many as differ from the ten colours in number
 
 # -- statistics --------------------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Panel:
         y: column.
         ends: columns with the ends of y's error bars; None where a row has none.
         labels: of the two axes.
-        front: y is logarithmic, and the rows that no other beats in x and y are joined, and alone are named.
+        front: the rows that no other beats in x and y are joined, and alone are named.
         limit: column of a dashed line over x.
     """
 
@@ -199,8 +199,7 @@ def plot(path: Path, rows: Sequence[Row], panels: Sequence[Panel], title: str) -
             at = (row[panel.x], row[panel.y])
             axes.annotate(row["name"], at, rotation=30, rotation_mode="anchor", fontsize=6, **place)
         axes.margins(x=0.25, y=0.12)  # room for the names
-        axes.set(xlabel=panel.labels[0], ylabel=panel.labels[1])
-        axes.set(**({"yscale": "log"} if panel.front else {"ylim": (0, None)}))
+        axes.set(xlabel=panel.labels[0], ylabel=panel.labels[1], yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=7)
     figure.suptitle(title, fontsize=8)
