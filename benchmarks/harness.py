@@ -85,7 +85,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", action="append", type=Path, metavar="JSON", help="of vwt schedule; repeatable")
     parser.add_argument("--plan", action="append", type=Path, metavar="JSON", help="of vwt tune; repeatable")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="variants with one of these in name, or as group")
-    parser.add_argument("--cache", type=Path, default=Path("results"), help="folder that keeps built codebooks")
+    parser.add_argument("--cache", type=Path, default=Path("results"), help="folder that keeps codebooks and scores")
     parser.add_argument("--runs", type=positive, default=10, metavar="N", help="how often each is measured")
     parser.add_argument("--seed", type=int, default=0, help="of sampled images, subsets, codebooks and order")
     parser.add_argument("--results-file", type=Path, metavar="NAME", help="writes NAME.json and NAME.csv")
@@ -140,6 +140,12 @@ class Bench:
         """
         check_picture(arguments.plot)
         paths, device = results_paths(arguments.results_file), open_device(arguments)
+        try:
+            arguments.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(
+                f"cannot write to {arguments.cache}: {error.strerror}; choose another --cache"
+            ) from error
         model = load_model(arguments)
         codebooks = load_codebooks(arguments, model, words)
         return cls(arguments, device, place(model, device, arguments.precision), codebooks, paths)

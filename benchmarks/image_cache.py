@@ -23,20 +23,13 @@ class ImageCache:
     something else is made anew, and a line on stderr says so.
 
     Args:
-        path: a safetensors file; made, with its folder, when there is something to keep.
-
-    Raises:
-        ArgumentError: if its folder cannot be written to.
+        path: a safetensors file, in a folder that exists; made when there is something to keep.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[int, Tensor] = {}
         self.fresh, self.saved = False, time.monotonic()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArgumentError(f"cannot write to {path.parent}: {error.strerror}; choose another --cache") from error
         if path.exists():
             try:
                 kept = load_file(path)

@@ -1,10 +1,8 @@
 """The benchmark of energy: arithmetic of known answers, and runs on a small random model with fake counters."""
 
-import copy
 import csv
 import json
 import re
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,42 +11,33 @@ from types import SimpleNamespace
 import energy
 import energy_record
 import harness
-import numpy as np
+import peers
 import pytest
-import torch
 
-import vwt
 from tests.energy.test_meter import make_tree
-from tests.test_datasets import write_images
 from vwt.energy import sensors
 from vwt.energy.meter import DeviceEnergy, Energy
 from vwt.measure.timing import time_call
 
 TINY = ["--model", "test_vit", "--random-weights", "--data", "images", "--words-data", "images", "--quiet"]
-QUICK = [*TINY, "--images", "2", "--runs", "1", "--words", "20", "--seconds", "0.01"]
+CHOSEN = ["--only", "quantised", "IntraImage", "InterImage embedding 20, 0.1", "Neighbours 0.4", "ToMe"]
+QUICK = [*TINY, "--images", "2", "--runs", "1", "--words", "20", "--seconds", "0.01", *CHOSEN]
 NAMES = [
     "full", "bfloat16", "int8 (torchao, dynamic)", "IntraImage 0.25", "IntraImage 0.33", "IntraImage 0.5",
-    "InterImage embedding 20, 0.1", "schedule", "IntraImage 0.25 + schedule", "IntraImage 0.33 + schedule",
-    "IntraImage 0.5 + schedule", "InterImage embedding 20, 0.1 + schedule", "ToMe r 8", "ToMe r 13",
+    "InterImage embedding 20, 0.1", "InterImage embedding 20, 0.1, padded and masked", "Neighbours 0.4",
+    "Neighbours 0.4 + Absorb(0.5) in block 3", "InterImage embedding 20, 0.1 + Prune(56) in block 3",
+    "ToMe r 8", "ToMe r 13",
 ]  # fmt: skip
 
 
-IN_INT8 = energy.in_int8
-
-
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A working folder with a few images, on a machine without sensors; nobody rests."""
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "images", 5)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.json").write_text("text")
-    (tmp_path / "other.json").write_text('{"hardware": "", "tables": {}}')
+def no_sensors(folder, monkeypatch):
+    """A machine without sensors, and results of others; nobody rests."""
+    (folder / "text.json").write_text("text")
+    (folder / "other.json").write_text('{"hardware": "", "tables": {}}')
     monkeypatch.setattr(sensors, "zeus_sensors", lambda gpus=None: [])
     monkeypatch.setattr(energy, "REST", 0.0)
     monkeypatch.setattr(energy, "WARMUP", 1)
-    monkeypatch.setattr(energy, "in_int8", copy.deepcopy)  # runs do not depend on torchao
-    return tmp_path
 
 
 @pytest.fixture
@@ -78,15 +67,6 @@ def powercap(tmp_path, monkeypatch):
     return root
 
 
-def run(capsys, arguments):
-    """Exit status, stdout and stderr, and nothing raised but what argparse raises."""
-    try:
-        status = energy.main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
 def results(name="out"):
     return json.loads(Path(f"{name}.json").read_text())
 
@@ -107,51 +87,29 @@ def rows(name="out", table="energy"):
         (["--seconds", "0"], "'0' is not a number of seconds above 0"),
         (["--seconds", "long"], "'long' is not a number of seconds"),
         (["--seconds", "nan"], "'nan' is not a number of seconds"),
-        (["--runs", "0"], "'0' is not a whole number of at least 1"),
-        (["--batch-size", "3"], "do not fill a batch"),
         (["--powercap", "missing"], "no folder missing; expected one with RAPL zones"),
-        (["--schedule", "missing.json"], "missing.json"),
         (["--plot", "plot.png"], "--plot draws joules, and no sensor can be read .*--estimate IDLE,BUSY"),
-        (["--plot", "plot.txt", "--estimate", "5,35"], r"expected a \.png"),
         (["--results-file", "text"], "text.json holds no energy figures of this benchmark; measure anew with --fresh"),
         (["--results-file", "other"], "other.json holds no energy figures of this benchmark"),
-        (["--results-file", "empty"], "cannot write empty.json"),
-        (["--model", "no_such_model"], "no model 'no_such_model'"),
         (["--device", "nowhere"], "no device 'nowhere'"),
-        (["--precision", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_errors_are_one_line(capsys, options, message):
-    status, _, err = run(capsys, [*QUICK, *options])
+def test_errors_are_one_line(run, options, message):
+    status, _, err = run(energy.main, [*QUICK, *options])
     assert status == 2
     assert err.startswith("energy: ")
     assert err.count("\n") == 1, err
     assert re.search(message, err), err
 
 
-def test_a_window_shorter_than_the_sensors_step(capsys, folder):
+def test_a_window_shorter_than_the_sensors_step(run, folder):
     make_tree(folder / "powercap")
-    status, _, err = run(capsys, [*QUICK, "--powercap", "powercap", "--seconds", "0.001"])
+    status, _, err = run(energy.main, [*QUICK, "--powercap", "powercap", "--seconds", "0.001"])
     assert (status, err.count("\n")) == (2, 1)
     assert "moves every 0.001 s; measure at least 0.01 s" in err
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
-
-
-def test_intervals():
-    assert energy_record.interval([3.0]) == (3.0, None)
-    assert energy_record.interval([2.0, 2.0]) == (2.0, 0.0)
-    mean, half = energy_record.interval([1.0, 2.0, 3.0])
-    assert (mean, half) == (2.0, pytest.approx(4.302653 / 3**0.5))  # t of two degrees of freedom, deviation 1
-    mean, half = energy_record.interval([5.1, 4.9, 5.6, 5.8])
-    assert (mean, half) == (pytest.approx(5.35), pytest.approx(3.182446 * 0.4203173 / 2, rel=1e-6))
-
-
-def test_intervals_hold_the_mean_as_often_as_they_say():
-    rng = np.random.default_rng(0)
-    found = [energy_record.interval(sample) for sample in rng.normal(7.0, 2.0, (4000, 5))]
-    assert np.mean([abs(mean - 7.0) <= half for mean, half in found]) == pytest.approx(0.95, abs=0.012)
 
 
 def make_window(joules, seconds, images=10, session=1, reason=None):
@@ -209,33 +167,11 @@ def test_difference():
     assert energy_record.difference(then, header) == "another --batch-size: 8, and not 1"
 
 
-def test_tokens_inside(small_vit):
-    """A schedule's tokens are the mean over blocks of what enters, prefix included."""
-    images = torch.randn(2, 3, 160, 160)
-    fast = vwt.VWTokenizer(small_vit, vwt.IntraImage(0.5), vwt.PruningSchedule({1: 10, 3: 20}))
-    with torch.inference_mode():
-        assert harness.mean_tokens(fast, 101, images).tolist() == pytest.approx([1 + 220 / 6] * 2)
-        assert harness.mean_tokens(vwt.VWTokenizer(small_vit), 101, images).tolist() == [101, 101]
-        assert harness.mean_tokens(small_vit, 101, images).tolist() == [101, 101]
-        lengths = [tokens.shape[1] for tokens in enter(fast, images)]
-    assert lengths == [51, 51, 41, 41, 21, 21]
-
-
-def enter(fast, images):
-    """What really enters each block."""
-    seen = []
-    hooks = [b.norm1.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0])) for b in fast.model.blocks]
-    fast(images)
-    for hook in hooks:
-        hook.remove()
-    return [tokens.view(len(images), -1, tokens.shape[-1]) for tokens in seen]
-
-
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def test_without_sensors(capsys):
-    status, out, err = run(capsys, [*QUICK, "--results-file", "out"])
+def test_without_sensors(run):
+    status, out, err = run(energy.main, [*QUICK, "--results-file", "out"])
     assert (status, err) == (0, "")
     missing = [line for line in out.splitlines() if line.startswith("No joules: ")]
     assert len(missing) == 1
@@ -253,14 +189,13 @@ def test_without_sensors(capsys):
             assert 0 <= row["agreement"] <= 1
     assert '"joules_per_image": null' in Path("out.json").read_text()
     assert table["full"]["agreement"] == 1
-    assert [table[f"IntraImage {drop}"]["tokens"] for drop in (0.25, 0.33, 0.5)] == [76, 68, 51]
-    assert table["ToMe r 8"]["tokens"] == sum(101 - 8 * block for block in range(6)) / 6
-    assert table["schedule"]["tokens"] == (2 * 101 + 4 * (101 - 28)) / 6  # 2/7 of 100 patches, in block 1
+    assert [table[name]["tokens"] for name in ("IntraImage 0.5", "Neighbours 0.4")] == [51, 61]
+    assert table["Neighbours 0.4 + Absorb(0.5) in block 3"]["tokens"] == 1 + (4 * 60 + 2 * 30) / 6
 
 
-def test_estimates_are_labelled(capsys):
+def test_estimates_are_labelled(run):
     options = ["--estimate", "5,35", "--results-file", "out", "--plot", "plot.svg", "--runs", "2"]
-    status, out, err = run(capsys, [*QUICK, *options])
+    status, out, err = run(energy.main, [*QUICK, *options])
     assert (status, err) == (0, "")
     assert "Energy, joules and watts ESTIMATED" in out
     assert "Idle, before and after: 5.00, 5.00 W" in out
@@ -280,9 +215,9 @@ def test_estimates_are_labelled(capsys):
     assert Path("plot.svg").stat().st_size > 1000
 
 
-def test_powercap(capsys, powercap):
+def test_powercap(run, powercap):
     options = ["--powercap", str(powercap), "--results-file", "out", "--plot", "plot.png"]
-    status, out, err = run(capsys, [*QUICK, *options])
+    status, out, err = run(energy.main, [*QUICK, *options])
     assert (status, err) == (0, "")
     assert "Joules of package-0 (rapl), package-0 dram (rapl), package-1 (rapl), package-1 dram (rapl)." in out
     assert "Joules an image by device" in out
@@ -302,7 +237,7 @@ def test_powercap(capsys, powercap):
     assert len(results()["tables"]["idle"]) == 2 * 5
 
 
-def test_a_sensor_that_vanishes_in_the_run(capsys, powercap, monkeypatch):
+def test_a_sensor_that_vanishes_in_the_run(run, powercap, monkeypatch):
     measure_window, done = energy.measure_window, []
 
     def vanish(*rest):
@@ -313,7 +248,7 @@ def test_a_sensor_that_vanishes_in_the_run(capsys, powercap, monkeypatch):
 
     monkeypatch.setattr(energy, "measure_window", vanish)
     options = ["--powercap", str(powercap), "--results-file", "out"]
-    status, out, err = run(capsys, [*QUICK, *options])
+    status, out, err = run(energy.main, [*QUICK, *options])
     assert (status, err) == (0, "")
     table = rows().values()
     assert sum(row["joules_per_image"] is not None for row in table) == 4
@@ -337,32 +272,32 @@ def interrupt_after(monkeypatch, count):
     return ended
 
 
-def test_interrupted(capsys, monkeypatch):
+def test_interrupted(run, monkeypatch):
     options = [*QUICK, "--estimate", "5,35", "--results-file", "out", "--runs", "2"]
     ended = interrupt_after(monkeypatch, 17)
-    status, out, err = run(capsys, options)
+    status, out, err = run(energy.main, options)
     assert status == 130
-    assert err.startswith("\nenergy: interrupted; the windows that were finished are kept")
+    assert err.startswith("\nenergy: interrupted; with --results-file, the windows that were finished are kept")
     assert err.count("\n") == 2
     assert "| full " in out
     kept = results()["tables"]["windows"]
     assert [row["seconds"] for row in kept if row["device"] == "total"] == [e.seconds for e in ended]
-    assert len(ended) == 17  # a round of 14, and 3 more
+    assert len(ended) == 17  # a round of 13, and 4 more
 
 
-def test_resuming_measures_what_is_missing_only(capsys, monkeypatch):
+def test_resuming_measures_what_is_missing_only(run, monkeypatch):
     options = [*QUICK, "--estimate", "5,35", "--results-file", "out"]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 9)
-        assert run(capsys, options)[0] == 130
+        assert run(energy.main, options)[0] == 130
     kept = results()["tables"]["windows"]
     finished = {row["name"] for row in kept}
     assert len(finished) == 9
 
     ended = interrupt_after(monkeypatch, None)
     built, build = [], energy.build
-    monkeypatch.setattr(energy, "build", lambda bench, left, *rest: built.extend(left) or build(bench, left, *rest))
-    assert run(capsys, options)[0] == 0
+    monkeypatch.setattr(energy, "build", lambda bench, left, batch: built.extend(left) or build(bench, left, batch))
+    assert run(energy.main, options)[0] == 0
     assert {variant.name for variant in built} == set(NAMES) - finished
     assert len(ended) == len(NAMES) - 9
     windows = results()["tables"]["windows"]
@@ -371,102 +306,83 @@ def test_resuming_measures_what_is_missing_only(capsys, monkeypatch):
     assert list(rows()) == NAMES
 
     ended.clear()
-    status, out, _ = run(capsys, options)
+    status, out, _ = run(energy.main, options)
     assert (status, len(ended)) == (0, 0)
     assert "ToMe r 13" in out
-    assert run(capsys, [*options, "--runs", "2"])[0] == 0  # more windows of the same
+    assert run(energy.main, [*options, "--runs", "2"])[0] == 0  # more windows of the same
     assert len(ended) == len(NAMES)
     ended.clear()
-    assert run(capsys, [*options, "--fresh"])[0] == 0
+    assert run(energy.main, [*options, "--fresh"])[0] == 0
     assert len(ended) == len(NAMES)
     assert {row["session"] for row in results()["tables"]["windows"]} == {1}
 
 
-def test_the_results_of_something_else_are_refused(capsys, monkeypatch):
+def test_the_results_of_something_else_are_refused(run, monkeypatch):
     options = [*QUICK, "--estimate", "5,35", "--results-file", "out"]
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
-        assert run(capsys, options)[0] == 130
+        assert run(energy.main, options)[0] == 130
     before = Path("out.json").read_text()
     for other, message in (
         (["--batch-size", "2"], "another --batch-size: 1, and not 2"),
         (["--estimate", "5,36"], "another --estimate: 5,35, and not 5,36"),
         (["--seed", "1"], "another --seed: 0, and not 1"),
     ):
-        status, _, err = run(capsys, [*options, *other])
+        status, _, err = run(energy.main, [*options, *other])
         assert (status, err.count("\n")) == (2, 1)
         assert message in err
         assert "--fresh" in err
-    monkeypatch.setattr(energy, "hardware", lambda *rest: "another machine")
-    assert "another hardware: " in run(capsys, options)[2]
+    monkeypatch.setattr(harness, "hardware", lambda *rest: "another machine")
+    assert "another hardware: " in run(energy.main, options)[2]
     assert Path("out.json").read_text() == before
 
 
-def test_interrupted_without_a_file(capsys, monkeypatch):
+def test_interrupted_without_a_file(run, monkeypatch):
     interrupt_after(monkeypatch, 2)
-    status, out, err = run(capsys, QUICK)
-    assert (status, err) == (130, "\nenergy: interrupted; nothing was written, for want of --results-file\n")
+    status, out, err = run(energy.main, QUICK)
+    assert (status, err) == (130, f"\nenergy: interrupted; {energy.KEPT}\n")
+    assert "with --results-file" in energy.KEPT
     assert "| full " in out
 
 
-def test_order_differs_between_rounds(capsys):
-    assert run(capsys, [*QUICK, "--runs", "3", "--results-file", "out"])[0] == 0
+def test_order_differs_between_rounds(run):
+    assert run(energy.main, [*QUICK, "--runs", "3", "--results-file", "out"])[0] == 0
     order = [row["name"] for row in results()["tables"]["windows"] if row["device"] == "total"]
     rounds = [order[i : i + len(NAMES)] for i in range(0, len(order), len(NAMES))]
     assert [sorted(names) for names in rounds] == [sorted(NAMES)] * 3
     assert rounds[0] != rounds[1] != rounds[2]
 
 
-def test_int8_by_torchao(small_vit):
-    pytest.importorskip("torchao", exc_type=ImportError)  # which it also raises beside a torch that is too old for it
-    low, images = IN_INT8(small_vit), torch.randn(4, 3, 160, 160)
-    with torch.inference_mode():
-        full, answer = small_vit(images), low(images)
-    assert type(low.blocks[0].mlp.fc1.weight) is not type(small_vit.blocks[0].mlp.fc1.weight)
-    error = (answer - full).norm() / full.norm()
-    assert 1e-4 < error < 0.1  # eight bits, and not 32
-
-
-def test_without_torchao(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    monkeypatch.setattr(energy, "in_int8", IN_INT8)
-    status, out, _ = run(capsys, [*QUICK, "--results-file", "out"])
-    assert status == 0
-    row = rows()["int8 (torchao, dynamic)"]
-    assert row["note"] == "not measured: torchao is not installed; pip install 'vwt[int8]'"
-    assert "pip install 'vwt[int8]'" in out
-    assert "ms" not in row
-    with monkeypatch.context() as patch:  # and a run that has nothing else to measure does not rest either
-        patch.setattr(energy, "rest", None)
-        assert run(capsys, [*QUICK, "--results-file", "out"])[0] == 0
-
-
-def test_a_variant_that_this_machine_cannot_run(capsys, monkeypatch):
+def test_a_variant_that_this_machine_cannot_run(run, monkeypatch):
     def no_kernel(images):
         raise RuntimeError("no kernel for int8")
 
-    monkeypatch.setattr(energy, "in_int8", lambda model: no_kernel)
-    assert run(capsys, [*QUICK, "--results-file", "out"])[0] == 0
-    assert rows()["int8 (torchao, dynamic)"]["note"] == "not measured: no kernel for int8"
+    monkeypatch.setattr(peers, "in_int8", lambda model: no_kernel)
+    status, out, _ = run(energy.main, [*QUICK, "--results-file", "out"])
+    assert status == 0
+    row = rows()["int8 (torchao, dynamic)"]
+    assert row["note"] == "not measured: no kernel for int8"
+    assert "no kernel for int8" in out
+    assert "ms" not in row
+    monkeypatch.setattr(energy, "rest", None)  # and a run that has nothing else to measure does not rest either
+    assert run(energy.main, [*QUICK, "--results-file", "out"])[0] == 0
 
 
-def test_a_schedule_from_a_file_in_bfloat16(capsys):
-    vwt.PruningSchedule({2: 50}).save("schedule.json")
-    options = ["--schedule", "schedule.json", "--precision", "bfloat16", "--batch-size", "2", "--results-file", "out"]
-    status, _, err = run(capsys, [*QUICK, *options])
-    assert (status, err) == (0, "")
-    table = rows()
-    assert table["schedule"]["tokens"] == (3 * 101 + 3 * 51) / 6
-    assert table["bfloat16"]["note"] == "not measured: the full model is in bfloat16 already"
-    assert table["full"]["ms"] > 0
+def test_more_variants_go_on_with_the_same_file(run):
+    options = ["--estimate", "5,35", "--results-file", "out"]
+    assert run(energy.main, [*QUICK[: -len(CHOSEN)], "--only", "ToMe r 8", *options])[0] == 0
+    kept = rows()
+    assert list(kept) == ["full", "ToMe r 8"]
+    assert run(energy.main, [*QUICK[: -len(CHOSEN)], "--only", "ToMe", *options])[0] == 0
+    assert list(rows()) == ["full", "ToMe r 8", "ToMe r 13"]
+    assert rows()["ToMe r 8"] == kept["ToMe r 8"]
 
 
 def test_reports_are_written_whole(folder):
     """An interrupted write leaves the old state; the draft never bears the file's name."""
     header = {"hardware": "h", "sensors": ["package-0 (rapl)"], "arguments": {"batch_size": 1}}
     record = energy_record.Record([folder / "a.json", folder / "a.csv"], header)
-    record.set_facts({"name": "full", "tokens": 9, "agreement": 1.0, "note": None})
+    record.set_facts({"name": "full", "group": "full", "tokens": 9, "agreement": 1.0, "note": None})
     device = DeviceEnergy("package-0", "rapl", 2.0, 10, 6.0)
     record.add(record.windows, "full", 1, Energy(2.0, 10, (device,), 0.001))
     assert sorted(path.name for path in folder.glob("a.*")) == ["a.csv", "a.json"]

@@ -5,38 +5,19 @@ import json
 import re
 from pathlib import Path
 
-import harness
 import latency
 import matching
 import numpy as np
 import pytest
+import scaling
 import torch
 import torch.nn.functional as F
+from variants import Variant
 
-from tests.test_datasets import write_images
-from vwt import VWTokenizer
+from vwt import PruningSchedule, VWTokenizer
 
 TINY = ["--model", "test_vit", "--random-weights", "--data", "images", "--words-data", "images", "--quiet"]
-QUICK = [*TINY, "--images", "4", "--runs", "1", "--words", "20"]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A working folder with a few images."""
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "images", 5)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("file")
-    return tmp_path
-
-
-def run(capsys, arguments):
-    """Exit status, stdout and stderr, and nothing raised but what argparse raises."""
-    try:
-        status = latency.main(arguments)
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
+QUICK = [*TINY, "--images", "4", "--runs", "1", "--words", "20", "--threshold", "0.1"]
 
 
 def results(name="out"):
@@ -52,13 +33,13 @@ def results(name="out"):
         (["--model", "no_such_model"], "no model 'no_such_model'"),
         (["--data", "missing"], "no such folder or file: missing"),
         (["--data", "empty"], "no image|Found 0 images"),
-        (["--images", "9"], "has 5 images that can be read, 9 were asked for"),
+        (["--images", "9"], "has 7 images that can be read, 9 were asked for"),
         (["--images", "2", "--batch-size", "3"], "do not fill a batch"),
         (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
         (["--runs", "many"], "'many' is not a whole number"),
         (["--words", "colour:100"], "'colour:100' is neither K nor SPACE:K"),
         (["--words", "pixel:0"], "'0' is not a whole number"),
-        (["--words", "501"], "501 words"),
+        (["--words", "701"], "701 words"),
         (["--threshold", "3"], "threshold is 3.0"),
         (["--precision", "int8"], "invalid choice: 'int8'"),
         (["--device", "nowhere"], "no device 'nowhere'"),
@@ -70,11 +51,13 @@ def results(name="out"):
         (["--plot", "plot.txt"], r"expected a \.png"),
         (["--plot", "nowhere/plot.png"], "a folder that exists"),
         (["--plot", "plot.png", "--matching"], "leave out --matching"),
+        (["--only", "magic"], "no variant has magic in its name; there are full, "),
+        (["--schedule", "file"], "file is damaged or no schedule"),
         (["--colour", "red"], "unrecognized arguments"),
     ],
 )
-def test_errors_are_one_line(capsys, options, message):
-    status, _, err = run(capsys, [*QUICK, *options])
+def test_errors_are_one_line(run, options, message):
+    status, _, err = run(latency.main, [*QUICK, *options])
     assert status == 2
     assert err.startswith("latency: ")
     assert err.count("\n") == 1, err
@@ -82,9 +65,9 @@ def test_errors_are_one_line(capsys, options, message):
     assert re.search(message, err), err
 
 
-def test_plot_without_matplotlib(capsys, monkeypatch):
+def test_plot_without_matplotlib(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    status, _, err = run(capsys, [*QUICK, "--plot", "plot.png"])
+    status, _, err = run(latency.main, [*QUICK, "--plot", "plot.png"])
     assert (status, err.count("\n")) == (2, 1)
     assert "pip install 'vwt[plots]'" in err
 
@@ -92,17 +75,10 @@ def test_plot_without_matplotlib(capsys, monkeypatch):
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
-def test_spread_and_ratio():
-    seconds = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 60.0], [7.0, 8.0, 9.0]]) / 1e3
-    assert harness.spread(seconds) == pytest.approx((3, 5, 8))
-    halves = np.array([[1.0, 1.0, 1.0], [5.0, 5.0, 5.0], [4.0, 4.0, 400.0]]) / 1e3
-    assert harness.ratio(halves, seconds) == pytest.approx(0.5)  # of 1/2, 5/5 and 4/8
-
-
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
 def test_exponent(power):
     sizes = [1, 2, 8, 32]
-    assert harness.exponent(sizes, [3.0 * size**power for size in sizes]) == pytest.approx(power, abs=1e-9)
+    assert scaling.exponent(sizes, [3.0 * size**power for size in sizes]) == pytest.approx(power, abs=1e-9)
 
 
 @pytest.mark.parametrize(("counts", "mean"), [([5], 5), ([5, 6], 6), ([5, 5, 6], 5), ([1, 9, 4], 5)])
@@ -111,27 +87,29 @@ def test_mean_count(counts, mean):
 
 
 def test_rows():
-    variants = [latency.Variant(name, tokens, {}) for name, tokens in (("full", 9), ("fast", 4), ("peer", 5))]
-    seconds = [
-        {"actual": np.full((2, 3), 0.010)},
-        {"actual": np.full((2, 3), 0.005), "ideal": np.full((2, 3), 0.004), "padded": np.full((2, 3), 0.008)},
-        {"actual": np.full((2, 3), 0.020)},
-    ]
-    full, fast, padded, peer = latency.make_rows(variants, seconds, 8)
+    seconds = {
+        "full": {"actual": np.full((2, 3), 0.010)},
+        "fast": {"actual": np.full((2, 3), 0.005), "ideal": np.full((2, 3), 0.004)},
+        "peer": {"actual": np.full((2, 3), 0.020)},
+    }
+    tokens = {"full": 9.0, "fast": 4.0, "peer": 5.0}
+    full, fast, peer, other = (
+        latency.make_row(Variant(name, "", list, **options), tokens, seconds, 8)
+        for name, options in (("full", {}), ("fast", {}), ("peer", {"same_as": "fast"}), ("fast", {"baseline": "peer"}))
+    )
     assert full["ratio"] == 1
     assert "efficiency" not in full
     assert fast["ms"] == fast["ms_q1"] == fast["ms_q3"] == pytest.approx(5)
-    assert [fast[k] for k in ("ratio", "efficiency", "vs_padding")] == pytest.approx([0.5, 0.8, 1.6])
+    assert [fast[k] for k in ("tokens", "ratio", "efficiency", "ideal_ms")] == pytest.approx([4, 0.5, 0.8, 4])
     assert fast["images_per_second"] == pytest.approx(8 / 0.005)
-    assert [padded[k] for k in ("ratio", "efficiency", "vs_padding")] == pytest.approx([0.8, 0.5, 1.0])
-    assert padded["name"] == "fast, padded and masked"
-    assert peer["ratio"] == 2
-    assert "vs_padding" not in peer
+    assert "vs_vwt" not in fast
+    assert (peer["ratio"], peer["vs_vwt"]) == pytest.approx((2, 4))
+    assert other["ratio"] == pytest.approx(0.25)
 
 
 def test_growth():
     rows = [{"name": n, "x": x, "ms": x**p} for n, p in (("a", 1), ("b", 2)) for x in (1, 4)]
-    slopes = latency.growth([*rows, {"name": "c", "x": 1, "ms": 1}], "x", ("name",), ("ms",))
+    slopes = scaling.growth([*rows, {"name": "c", "x": 1, "ms": 1}], "x", ("name",), ("ms",))
     assert [(row["name"], round(row["exponent"], 9)) for row in slopes] == [("a", 1), ("b", 2)]
 
 
@@ -164,68 +142,59 @@ def test_compare_answers():
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def test_table_at_batch_1(capsys):
-    status, out, err = run(capsys, [*QUICK, "--results-file", "out.json", "--plot", "plot.png", "--topk", "50"])
+def test_table_at_batch_1(run):
+    PruningSchedule({2: 50}).save("mine.json")
+    options = ["--results-file", "out.json", "--plot", "plot.png", "--topk", "50", "--schedule", "mine.json"]
+    status, out, err = run(latency.main, [*QUICK, *options])
     assert (status, err) == (0, "")
-    assert "threads, torch" in out
-    assert "float32" in out.splitlines()[0]
-    assert "vs_padding" not in out
+    assert re.search("threads, torch .* float32", out.splitlines()[0])
     rows = {row["name"]: row for row in results()["tables"]["latency"]}
-    assert list(rows) == [
-        "full",
-        "VWTokenizer, no strategy",
-        *(f"IntraImage {drop}" for drop in (0.25, 0.33, 0.5)),
-        "InterImage embedding 20, 0.1",
-        *(f"Prune({removed}) in block 3" for removed in (28, 56, 84)),
-        *(f"Absorb({removed}) in block {block}" for block, removed in ((3, 60), (3, 80), (3, 98), (4, 98))),
-        "ToMe r 8",
-        "ToMe r 13",
-        "top-k, 50 kept in block 3",
-    ]
-    assert [row["name"] for row in rows.values() if row.get("vs_paper")] == list(rows)[6:9]
-    assert rows["Prune(28) in block 3"]["tokens"] == (4 * 101 + 2 * 73) / 6
-    assert [rows[f"IntraImage {drop}"]["tokens"] for drop in (0.25, 0.33, 0.5)] == [76, 68, 51]
-    assert rows["ToMe r 8"]["tokens"] == sum(101 - 8 * block for block in range(6)) / 6
-    assert rows["top-k, 50 kept in block 3"]["tokens"] == (4 * 101 + 2 * 51) / 6
-    assert all(row["ms_q1"] <= row["ms"] <= row["ms_q3"] for row in rows.values())
+    expected = {
+        "full": 101, "bfloat16": 101, "random drop 0.4": 61, "IntraImage 0.5": 51, "Neighbours 0.225": 79,
+        "Prune(84) in block 3": 101 - 28, "POMT R 84 in block 3": 101 - 28, "Absorb(98) in block 4": 101 - 98 / 6,
+        "Neighbours 0.4 + Absorb(0.5) in block 3": 1 + (4 * 60 + 2 * 30) / 6, "schedule mine.json": 76,
+        "ToMe r 8": sum(101 - 8 * block for block in range(6)) / 6,
+        "top-k, 50 kept in block 3": (4 * 101 + 2 * 51) / 6,
+    }  # fmt: skip
+    assert {name: rows[name]["tokens"] for name in expected} == pytest.approx(expected)
+    for name in (
+        "Merge(60) in block 3", "Absorb(120) in block 3", "Absorb(60) in block 3, Absorb(50) in block 6",
+    ):  # fmt: skip
+        assert rows[name]["note"].startswith("not measured: ")
+    assert {row["group"] for row in rows.values() if "vs_vwt" in row} == {"POMT", "padded"}
+    assert {row["group"] for row in rows.values() if "ideal_ms" in row} == {"random drop", "VWT paper", "Neighbours"}
+    assert all(row["ms_q1"] <= row["ms"] <= row["ms_q3"] for row in rows.values() if "ms" in row)
     assert Path("plot.png").stat().st_size > 1000
-    assert "AVX" in results()["hardware"] or "threads" in results()["hardware"]
     with open("out.csv", newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == list(rows)
     (cached,) = Path("results").glob("embedding-20-*.zarr")
     before = cached.stat().st_mtime_ns
-    assert run(capsys, QUICK)[0] == 0
+    assert run(latency.main, [*QUICK, "--only", "full"])[0] == 0
     assert cached.stat().st_mtime_ns == before
 
 
-def test_table_of_ragged_batches(capsys):
+def test_table_of_ragged_batches(run):
     options = ["--batch-size", "2", "--words", "pixel:20", "--threshold", "0.1", "0.3", "--results-file", "out"]
-    status, out, err = run(capsys, [*QUICK, *options])
+    status, out, err = run(latency.main, [*QUICK, *options, "--only", "InterImage"])
     assert (status, err) == (0, "")
     rows = {row["name"]: row for row in results()["tables"]["latency"]}
     for name in ("InterImage pixel 20, 0.1", "InterImage pixel 20, 0.3"):
         assert rows[f"{name}, padded and masked"]["tokens"] == rows[name]["tokens"]
-        assert rows[name]["vs_padding"] > 0
-    assert "vs_padding" in out
+        assert rows[f"{name}, padded and masked"]["vs_vwt"] > 0
+    assert "vs_vwt" in out
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "amp_bfloat16"])
-def test_precisions(capsys, precision):
-    status, out, err = run(capsys, [*QUICK, "--precision", precision, "--img-size", "96", "--batch-size", "2"])
+def test_precisions(run, precision):
+    options = ["--precision", precision, "--img-size", "96", "--batch-size", "2"]
+    status, out, err = run(latency.main, [*QUICK, *options, "--only", "InterImage", "Neighbours 0.4", "top-k"])
     assert (status, err) == (0, "")
     assert precision in out.splitlines()[0]
 
 
-def test_without_peers(capsys):
-    status, out, err = run(capsys, [*QUICK, "--no-peers", "--batch-size", "2"])
-    assert (status, err) == (0, "")
-    assert "ToMe" not in out
-    assert "padded" not in out
-
-
-def test_matching(capsys):
+def test_matching(run):
     options = ["--matching", "--words", "20", "pixel:30", "--threshold", "0.1", "0.2", "--results-file", "out"]
-    status, out, err = run(capsys, [*QUICK, *options])
+    status, out, err = run(latency.main, [*QUICK, *options])
     assert (status, err) == (0, "")
     rows = results()["tables"]["matching"]
     assert [(row["space"], row["words"], row["threshold"]) for row in rows] == [
@@ -235,9 +204,9 @@ def test_matching(capsys):
     assert "speed_up" in out
 
 
-def test_scaling(capsys):
+def test_scaling(run):
     options = ["--scaling", "--sizes", "64", "96", "--words", "20", "40", "--results-file", "out"]
-    status, out, err = run(capsys, [*QUICK, *options])
+    status, out, err = run(latency.main, [*QUICK, *options])
     assert (status, err) == (0, "")
     tables = results()["tables"]
     assert list(tables) == ["images", "words", "resolution", "exponents"]

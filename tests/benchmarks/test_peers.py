@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from peers import ClassAttentionTopK, PadAndMask, PruneOneMoreToken, TokenMerging
+from peers import ClassAttentionTopK, PadAndMask, TokenMerging
 from peers.tome import match_pairs, merge_pairs
 
 from vwt import Codebook, InterImage, VWTokenizer
