@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vwt.errors import ArgumentError
 from vwt.models.backbone import Backbone
 from vwt.models.checking import check_parts
-from vwt.models.families import Embedded
+from vwt.models.family import Embedded
 from vwt.models.spec import PatchSpec
 from vwt.reductions.kinds import check_amounts
 from vwt.reductions.reducing import Step, follow

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vwt.models.families import embed
+from vwt.models.family import embed
 from vwt.tokens.patches import normalise, patchify, unpatchify
 
 few = st.integers(1, 4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vwt.errors import ArgumentError, ImageError, ModelError
-from vwt.models.families import Embedded
+from vwt.models.family import Embedded
 from vwt.models.spec import family_of
 from vwt.reductions.reducing import Step, follow, reduce_between
 from vwt.reductions.reduction import Reduction

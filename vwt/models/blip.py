@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer, BlipVisionModel
 
 from vwt.errors import ModelError
-from vwt.models.towers import CLIP_NORMALISATION, Tower
+from vwt.models.tower import Tower
+from vwt.models.towers import CLIP_NORMALISATION
 from vwt.tokens.attention import BlockInputs, Half
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from vwt.errors import ModelError
 from vwt.models.blip import BlipTower
 from vwt.models.image_text import IMAGE_TEXT_MODELS, VISION, ImageTextModel
-from vwt.models.towers import CLIPTower, Dinov2Tower, SiglipTower, Tower, ViTTower
+from vwt.models.tower import Tower
+from vwt.models.towers import CLIPTower, Dinov2Tower, SiglipTower, ViTTower
 
 TOWERS: tuple[type[Tower], ...] = (CLIPTower, BlipTower, ViTTower, Dinov2Tower, SiglipTower)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vwt.errors import ModelError
-from vwt.models.families import FAMILIES, Family, Normalisation
+from vwt.models.families import FAMILIES
+from vwt.models.family import Family, Normalisation
 from vwt.tokens.patches import normalise
 
 
