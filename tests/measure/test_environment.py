@@ -1,6 +1,6 @@
 import torch
 
-from vwt.measure.environment import cpu_model, hardware
+from vwt.measure.environment import cpu_model, describe_machine, hardware, other_threads
 
 
 def test_cpu_model(tmp_path):
@@ -15,3 +15,12 @@ def test_hardware_line():
     assert cpu_model() in line
     assert f"{torch.get_num_threads()} threads, torch {torch.__version__}" in line
     assert line.endswith("bfloat16")
+
+
+def test_a_machine_as_it_is_stored():
+    machine = describe_machine(torch.device("cpu"))
+    assert machine["device"] == "cpu"
+    assert machine["threads"] == torch.get_num_threads()
+    assert other_threads(machine) == ""
+    assert other_threads({**machine, "threads": 999}).startswith("999 threads, here torch has ")
+    assert other_threads({**machine, "threads": 999, "device": "a GPU"}) == ""

@@ -8,7 +8,6 @@ from tests.tuning.test_calibration import make_images
 from tests.tuning.test_profile import REDUCTIONS, make_profile
 from vwt import Absorb, IntraImage, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, MismatchError
-from vwt.measure import timing
 from vwt.reductions.reduction import patches_entering
 from vwt.tuning.calibration import Calibration
 from vwt.tuning.search import BLOCKS, SHARES, Candidate, Option, Search
@@ -212,7 +211,7 @@ def test_a_schedule_for_a_budget(pool, monkeypatch):
     def as_predicted(model, reduced, *options, **others):
         return [(0.0, profile.predict(fast.schedule) / profile.predict()) for fast in (VWTokenizer(model), *reduced)]
 
-    monkeypatch.setattr(timing, "measure_latency", as_predicted)
+    monkeypatch.setattr("vwt.tuning.schedule.measure_latency", as_predicted)
     schedule = PruningSchedule.for_budget(profile, model, make_images(16), ratio=0.7, progress=False)
     assert schedule
     assert profile.predict(schedule) <= 0.7 * profile.predict()

@@ -2,7 +2,9 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,3 +26,21 @@ def hardware(device: torch.device, precision: str) -> str:
         f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}, "
         f"Python {platform.python_version()}, {precision}"
     )
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The same as a mapping, for what is stored with figures: "device", "cpu", "threads", "torch", "timm"."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+    }
+
+
+def other_threads(machine: Mapping[str, Any]) -> str:
+    """How the threads here differ from those of a stored machine, on a CPU; empty if they do not."""
+    there, here = machine.get("threads"), torch.get_num_threads()
+    differ = machine.get("device") == "cpu" and there is not None and there != here
+    return f"{there} threads, here torch has {here} (torch.set_num_threads, --threads)" if differ else ""

@@ -68,8 +68,22 @@ class Backbone:
     @property
     def patches(self) -> int:
         """Patches of such an image."""
-        rows, columns = self.family.grid(self.input_shape[1:])
+        rows, columns = self.grid()
         return rows * columns
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the patch projection: images have its device and dtype."""
+        return self.family.projection.weight
+
+    @property
+    def merges_positions(self) -> bool:
+        """Whether a token may stand for patches of several places."""
+        return self.family.merges_positions
+
+    def grid(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Rows and columns of the patches of images of height and width; of those it was made for by default."""
+        return self.family.grid(self.input_shape[1:] if size is None else size)
 
     # -- what enters the blocks ----------------------------------------------------------------------------------------
 
@@ -118,7 +132,7 @@ class Backbone:
         main = (words.weight > 0.5).float()
         has_main = sum_words(main[..., None], words)[:, 0] > 0
         whole = bool(has_main.all())
-        if not whole and not self.family.merges_positions:
+        if not whole and not self.merges_positions:
             raise self._needs_places(
                 "this strategy makes one token of several patches; keep patches (IntraImage, Neighbours)"
             )
@@ -144,7 +158,7 @@ class Backbone:
                 f"images have shape {tuple(images.shape)}; expected (batch, {channels}, height, width)"
                 + ("; add a batch dimension with images[None]" if images.ndim == 3 else "")
             )
-        weight = self.family.projection.weight
+        weight = self.weight
         if images.device != weight.device:
             raise ImageError(f"images are on {images.device}, the model is on {weight.device}; move one with .to()")
         autocast = torch.is_autocast_enabled(images.device.type)
@@ -153,8 +167,12 @@ class Backbone:
                 f"images are {images.dtype}, the model is {weight.dtype}; "
                 + ("cast one to the other" if images.is_floating_point() else "scale and normalise them for the model")
             )
-        self.family.check_size((images.shape[2], images.shape[3]))
+        self.check_size((images.shape[2], images.shape[3]))
         return images
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ImageError, saying what to do, unless the model takes images of this height and width."""
+        self.family.check_size(size)
 
     def check_reducible(self) -> None:
         """Raise ModelError if the model itself drops patches at random, as it does in training with patch dropout."""
@@ -172,7 +190,7 @@ class Backbone:
 
     def check_reductions(self, reductions: Mapping[int, Reduction]) -> None:
         """Raise ModelError if the blocks cannot make fewer tokens of theirs."""
-        if reductions and not self.family.merges_positions:
+        if reductions and not self.merges_positions:
             raise self._needs_places("leave the schedule empty")
 
     # -- the blocks ----------------------------------------------------------------------------------------------------

@@ -40,9 +40,7 @@ def check_parts(backbone: Backbone) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, *backbone.input_shape, generator=generator, device="cpu").to(
-        backbone.family.projection.weight
-    )
+    images = torch.randn(1, *backbone.input_shape, generator=generator, device="cpu").to(backbone.weight)
     with (
         _LOCK,
         _evaluating(model),

@@ -58,7 +58,7 @@ def find_support(name: str) -> Support:
         f"{type(model).__name__}: {backbone.depth} blocks, {backbone.prefix} prefix tokens, {backbone.patches} patches "
         f"of {height}x{width} pixels"
     )
-    if not backbone.family.merges_positions:
+    if not backbone.merges_positions:
         facts += "; only strategies that keep patches in their places, and no schedule"
     return Support(name, None, facts)
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError
-from vwt.models.spec import prepare
+from vwt.models.spec import family_of, prepare
 from vwt.reductions.reduction import Reduction
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
@@ -128,16 +128,16 @@ class Calibration:
         self._enter(VWTokenizer(model))
         self.backbone.check_alone()
         self.backbone.check(images)
-        family = self.fast.family
+        self.family = family_of(model)
         self._anchors: Tensor | None = None
         with torch.inference_mode():
             batches = tqdm(images.split(BATCH), desc="full model", unit="batch", disable=not progress)
-            vectors = [family.vectors(model(batch)) for batch in batches]
+            vectors = [self.family.vectors(model(batch)) for batch in batches]
             if vectors[0].ndim != 2 or vectors[0].shape[1] < 2:
                 raise ArgumentError(
                     f"the model's output has shape {tuple(vectors[0].shape)}; expected logits of classes, or embeddings"
                 )
-            if not family.has_classes:
+            if not self.family.has_classes:
                 self._anchors = _unit(torch.cat(vectors))
             self.full = [self._logits(own, index) for index, own in enumerate(vectors)]
 
@@ -188,7 +188,7 @@ class Calibration:
             batch = self._batch(index)
             start = min(min(reductions, default=self.backbone.depth), len(batch.entering) - 1)
             answer = self.backbone.classify(batch.entering[start], batch.words, reductions, start)
-            reduced.append(self._logits(self.fast.family.vectors(answer), index))
+            reduced.append(self._logits(self.family.vectors(answer), index))
         return compare(torch.cat(self.full[: len(reduced)]), torch.cat(reduced))
 
     @torch.inference_mode()
@@ -219,7 +219,7 @@ class Calibration:
         """
         if not 0 <= block < self.backbone.depth:
             raise ArgumentError(f"block is {block}; expected an index from 0 to {self.backbone.depth - 1}")
-        rows, columns = self.fast.family.grid((self.images.shape[2], self.images.shape[3]))
+        rows, columns = self.backbone.grid((self.images.shape[2], self.images.shape[3]))
         prefix, most = self.backbone.prefix, self.backbone.prefix + rows * columns
         if self.fast.strategy is not None or not counts or not all(prefix < count <= most for count in counts):
             raise ArgumentError(
@@ -245,7 +245,7 @@ class Calibration:
                 packed_left, _ = self.backbone.run(left, start=block + 1)
                 words = keep_all(len(full), (1, count - prefix), full.device)  # as if there had been no others
                 answer = self.backbone.head(self.backbone.final_norm(packed_left), words)
-                right[count].append(self._logits(self.fast.family.vectors(answer), index).argmax(-1) == target)
+                right[count].append(self._logits(self.family.vectors(answer), index).argmax(-1) == target)
         return {count: float(torch.cat(flags).float().mean()) for count, flags in right.items()}
 
 

@@ -18,7 +18,7 @@ from vwt.models.spec import weights_checksum
 from vwt.tuning.profile import LatencyProfile
 
 
-class _Notes(dict[str, float]):
+class Notes(dict[str, float]):
     """What was measured, in a file that an interrupted call leaves behind and the next goes on with."""
 
     def __init__(

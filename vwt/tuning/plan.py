@@ -11,11 +11,12 @@ from torch import nn
 from vwt.codebook.codebook import Codebook
 from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, first_line
+from vwt.measure.environment import other_threads
 from vwt.strategies.inter_image import InterImage
 from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
-from vwt.tuning.profile import LatencyProfile, other_threads
+from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
 
 VERSION = 1

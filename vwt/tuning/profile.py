@@ -6,33 +6,28 @@ Token counts include prefix tokens, here and wherever latency is predicted.
 import copy
 import itertools
 import os
-import random
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from sklearn.linear_model import LinearRegression
 from torch import nn
 
 from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError
-from vwt.measure.environment import cpu_model
-from vwt.measure.timing import Calls, interleave
+from vwt.measure.environment import describe_machine, other_threads
 from vwt.models.backbone import NOTHING, Backbone
-from vwt.models.checking import check_parts
 from vwt.models.spec import PatchSpec
 from vwt.reductions.absorb import Absorb
 from vwt.reductions.kinds import KINDS
 from vwt.reductions.merge import Merge
 from vwt.reductions.reduction import Reduction, patches_entering
-from vwt.tokens.attention import run_blocks
-from vwt.tokens.packing import Packed
+from vwt.tuning.parts import Parts
 
 VERSION = 2  # 1 knew other reductions
 
@@ -43,10 +38,7 @@ POINTS = 16  # token counts that are measured
 RUNS = 15  # of each part
 
 
-FORWARDS = 40  # forwards with schedules, from which what reductions cost is fitted
-
-
-CHECKS = 8  # of them, on which predictions are checked, and from which nothing is fitted
+CHECKS = 8  # of the forwards with schedules, on which predictions are checked, and from which nothing is fitted
 
 
 @dataclass(frozen=True)
@@ -124,14 +116,36 @@ class LatencyProfile:
         for name, value, least in (("batch_size", batch_size, 1), ("points", points, 2), ("runs", runs, 1)):
             if value < least:
                 raise ArgumentError(f"{name} is {value}; expected at least {least}")
-        parts = _Parts(_on_device(model, device), batch_size, points, image_size, seed)
-        calls = parts.calls()
-        with torch.inference_mode():
-            seconds = interleave(
-                list(calls.values()), 1, runs, device=parts.device, warmup=1, seed=seed, progress=progress
-            )
-        ms = {name: 1e3 * float(np.median(timed["run"])) for name, timed in zip(calls, seconds, strict=True)}
-        return parts.profile(cls, ms)
+        parts = Parts(_on_device(model, device), batch_size, points, image_size, seed)
+        return cls._of(parts, parts.measure(runs, progress))
+
+    @classmethod
+    def _of(cls, parts: Parts, ms: Mapping[Any, float]) -> "LatencyProfile":
+        """The profile that milliseconds of parts make."""
+        depth, counts = parts.backbone.depth, parts.counts
+        block, attention, counting = (
+            [ms[name, count] / depth for count in counts] for name in ("block", "attention", "counting")
+        )
+        profile = cls(
+            **_identity(parts.backbone, parts.image_size),
+            batch_size=parts.batch_size,
+            machine=describe_machine(parts.device),
+            counts=counts,
+            block=block,
+            attention=attention,
+            counting=counting,
+            reductions={"first": [0.0], **{kind: [0.0, 0.0] for kind in KINDS}},
+            embed=ms["embed"],
+            head=ms["head"],
+            checks=[],
+        )
+        forwards = [ms["forward", index] for index in range(len(parts.schedules))]
+        profile.reductions.update(_fit(profile, parts.schedules[CHECKS:], forwards[CHECKS:]))
+        profile.checks.extend(
+            {"schedule": str(schedule), "predicted": profile.predict(schedule), "measured": measured}
+            for schedule, measured in zip(parts.schedules[:CHECKS], forwards, strict=False)
+        )
+        return profile
 
     @property
     def error(self) -> float:
@@ -207,12 +221,12 @@ class LatencyProfile:
     @staticmethod
     def identify(model: nn.Module) -> dict[str, Any]:
         """What a profile of this model, here and now, would say of both."""
-        return _identity(Backbone(model)) | _machine(next(model.parameters()).device)
+        return _identity(Backbone(model)) | describe_machine(next(model.parameters()).device)
 
     def elsewhere(self) -> list[str]:
         """What differs between here and where it was measured; threads and versions too."""
         on_gpu = self.machine["device"] != "cpu" and torch.cuda.is_available()
-        here = _machine(torch.device("cuda" if on_gpu else "cpu"))
+        here = describe_machine(torch.device("cuda" if on_gpu else "cpu"))
         return [
             f"{name} {self.machine.get(name)!r}, here {value!r}"
             for name, value in here.items()
@@ -284,103 +298,18 @@ class LatencyProfile:
             raise DocumentError(f"{origin} does not say where it was measured; measure again")
 
 
-class _Parts:
-    """What is timed for a profile, and how the times make it."""
-
-    def __init__(
-        self, model: nn.Module, batch_size: int, points: int, image_size: tuple[int, int] | None, seed: int
-    ) -> None:
-        self.backbone, self.batch_size = Backbone(model), batch_size
-        check_parts(self.backbone)
-        self.backbone.check_alone()
-        weight = next(model.parameters())
-        self.device = weight.device
-        generator = torch.Generator().manual_seed(seed)
-        channels, *size = self.backbone.input_shape
-        self.image_size = (size[0], size[1]) if image_size is None else image_size
-        self.images = torch.randn(batch_size, channels, *self.image_size, generator=generator).to(weight)
-        self.backbone.check(self.images)
-        with torch.inference_mode():
-            self.everything, self.words = self.backbone.pack_all(self.images)
-        prefix, total = self.backbone.prefix, self.everything.lengths[0]
-        least = min(prefix + 1, total)
-        self.counts = sorted({round(count) for count in np.linspace(least, total, points)})
-        self.schedules = _random_schedules(self.backbone.depth, total - prefix, seed)
-
-    def packed(self, count: int) -> Packed:
-        """The first tokens of each image."""
-        return self.everything.take(torch.arange(count, device=self.device).expand(self.batch_size, -1))
-
-    def calls(self) -> dict[Any, Calls]:
-        """What is timed, by its place in the profile."""
-        backbone, everything = self.backbone, self.everything
-        calls: dict[Any, Callable[[], Any]] = {
-            "embed": lambda: backbone.pre_norm(backbone.pack_all(self.images)[0]),
-            "head": lambda: backbone.head(backbone.final_norm(everything), self.words),
-        }
-        for count in self.counts:
-            packed = self.packed(count)
-            key_size = replace(packed, key_size=torch.ones_like(packed.values[:, 0].float()))
-            calls["block", count] = partial(backbone.run, packed)
-            calls["attention", count] = partial(self._attention, packed)
-            calls["counting", count] = partial(backbone.run, key_size)
-        for index, reductions in enumerate(self.schedules):
-            calls["forward", index] = partial(self._forward, reductions)
-        return {name: {"run": _ignoring_item(call)} for name, call in calls.items()}
-
-    def _attention(self, packed: Packed) -> None:
-        for block in self.backbone.blocks:
-            packed = run_blocks(self.backbone.halves(block)[0], packed)
-
-    def _forward(self, reductions: Mapping[int, Reduction]) -> None:
-        if not reductions:
-            self.backbone.model(self.images)
-            return
-        packed, words = self.backbone.pack_all(self.images)
-        self.backbone.classify(self.backbone.pre_norm(packed), words, reductions)
-
-    def profile(self, cls: type[LatencyProfile], ms: dict[Any, float]) -> LatencyProfile:
-        """Milliseconds by place to the profile."""
-        depth, counts = self.backbone.depth, self.counts
-        block, attention, counting = (
-            [ms[name, count] / depth for count in counts] for name in ("block", "attention", "counting")
-        )
-        profile = cls(
-            **_identity(self.backbone, self.image_size),
-            batch_size=self.batch_size,
-            machine=_machine(self.device),
-            counts=counts,
-            block=block,
-            attention=attention,
-            counting=counting,
-            reductions={"first": [0.0], **{kind: [0.0, 0.0] for kind in KINDS}},
-            embed=ms["embed"],
-            head=ms["head"],
-            checks=[],
-        )
-        forwards = [ms["forward", index] for index in range(len(self.schedules))]
-        profile.reductions.update(self._fit(profile, forwards[CHECKS:]))
-        profile.checks.extend(
-            {"schedule": str(schedule), "predicted": profile.predict(schedule), "measured": measured}
-            for schedule, measured in zip(self.schedules[:CHECKS], forwards, strict=False)
-        )
-        return profile
-
-    def _fit(self, profile: LatencyProfile, forwards: Sequence[float]) -> dict[str, list[float]]:
-        """What reductions cost, from milliseconds of forwards with all schedules but those of the checks."""
-        depth = self.backbone.depth
-        work, unexplained = [], []
-        for schedule, measured in zip(self.schedules[CHECKS:], forwards, strict=True):
-            entering = patches_entering(schedule, depth, profile.patches)
-            work.append(_work(schedule, [profile.prefix + n for n in entering]))
-            unexplained.append(measured - profile.predict(schedule))
-        weights = LinearRegression(positive=True, fit_intercept=False).fit(work, unexplained).coef_
-        first, *rest = weights.tolist()
-        return {"first": [first], **{kind: rest[2 * i : 2 * i + 2] for i, kind in enumerate(KINDS)}}
-
-
-def _ignoring_item(call: Callable[[], Any]) -> Callable[[int], Any]:
-    return lambda item: call()
+def _fit(
+    profile: LatencyProfile, schedules: Sequence[Mapping[int, Reduction]], forwards: Sequence[float]
+) -> dict[str, list[float]]:
+    """What reductions cost, from milliseconds of forwards with schedules."""
+    work, unexplained = [], []
+    for schedule, measured in zip(schedules, forwards, strict=True):
+        entering = patches_entering(schedule, profile.depth, profile.patches)
+        work.append(_work(schedule, [profile.prefix + n for n in entering]))
+        unexplained.append(measured - profile.predict(schedule))
+    weights = LinearRegression(positive=True, fit_intercept=False).fit(work, unexplained).coef_
+    first, *rest = weights.tolist()
+    return {"first": [first], **{kind: rest[2 * i : 2 * i + 2] for i, kind in enumerate(KINDS)}}
 
 
 def _work(reductions: Mapping[int, Reduction], entering: Sequence[int]) -> list[float]:
@@ -390,22 +319,9 @@ def _work(reductions: Mapping[int, Reduction], entering: Sequence[int]) -> list[
     return [float(bool(reductions)), *amounts]
 
 
-def _random_schedules(depth: int, patches: int, seed: int) -> list[dict[int, Reduction]]:
-    """The empty schedule, and schedules of one to three reductions."""
-    rng = random.Random(seed)
-    schedules: list[dict[int, Reduction]] = [{}]
-    while len(schedules) < FORWARDS:
-        blocks = rng.sample(range(depth), min(depth, rng.randint(1, 3)))
-        shares = [rng.uniform(0.05, 0.45) for _ in blocks]
-        made = {b: KINDS[rng.choice(list(KINDS))](share) for b, share in zip(blocks, shares, strict=True)}
-        if patches_entering(made, depth, patches)[-1] < patches:
-            schedules.append(made)
-    return schedules
-
-
 def _identity(backbone: Backbone, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
     """What a profile has in common with the models that it serves, on images of a size."""
-    rows, columns = backbone.family.grid(backbone.input_shape[1:] if image_size is None else image_size)
+    rows, columns = backbone.grid(image_size)
     return {
         "model": PatchSpec.of(backbone.tower).model,
         "depth": backbone.depth,
@@ -413,23 +329,6 @@ def _identity(backbone: Backbone, image_size: tuple[int, int] | None = None) -> 
         "patches": rows * columns,
         "reads_prefix_only": backbone.reads_prefix_only,
         "dtype": str(next(backbone.tower.parameters()).dtype).removeprefix("torch."),
-    }
-
-
-def other_threads(machine: Mapping[str, Any]) -> str:
-    """What differs in threads between here and a machine of a profile or plan, on a CPU; nothing if nothing does."""
-    there, here = machine.get("threads"), torch.get_num_threads()
-    differ = machine.get("device") == "cpu" and there is not None and there != here
-    return f"{there} threads, here torch has {here} (torch.set_num_threads, --threads)" if differ else ""
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
     }
 
 

@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from vwt.datasets import ImageSource
 from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError
+from vwt.measure.timing import measure_latency
 from vwt.models.backbone import Backbone
 from vwt.reductions.kinds import KINDS, check_amounts
 from vwt.reductions.prune import Prune
 from vwt.reductions.reduction import Reduction, patches_entering
+from vwt.tokenizer import VWTokenizer
+from vwt.tuning.calibration import ENOUGH, Calibration, load_images
 from vwt.tuning.profile import LatencyProfile
+from vwt.tuning.search import SCREENING_IMAGES, TRIES, Option, Search
 
 VERSION = 1
 
@@ -128,12 +132,6 @@ class PruningSchedule(Mapping[int, Reduction]):
             MismatchError: if the profile is of another model.
             DataError: if there are too few images.
         """
-        # They need the tokenizer, which needs schedules.
-        from vwt.measure.timing import measure_latency
-        from vwt.tokenizer import VWTokenizer
-        from vwt.tuning.calibration import ENOUGH, Calibration, load_images
-        from vwt.tuning.search import SCREENING_IMAGES, TRIES, Option, Search
-
         if (milliseconds is None) == (ratio is None):
             raise ArgumentError("for_budget needs a budget: either milliseconds=… or ratio=…")
         limit = milliseconds if ratio is None else ratio * profile.predict()
@@ -141,7 +139,7 @@ class PruningSchedule(Mapping[int, Reduction]):
             raise ArgumentError(f"the budget is {limit} ms; expected a positive number")
         shape = images.shape if isinstance(images, Tensor) else ImageSource(os.fspath(images), model).input_size
         height, width = shape[-2:]
-        Backbone(model).family.check_size((height, width))
+        Backbone(model).check_size((height, width))
         profile.check(model, image_size=(height, width))
         if limit >= profile.predict():
             return cls({})

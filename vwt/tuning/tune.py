@@ -17,7 +17,7 @@ from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import ENOUGH, Calibration, check_enough, load_images
-from vwt.tuning.notes import _Notes
+from vwt.tuning.notes import Notes
 from vwt.tuning.plan import Plan, Point, describe, make_strategy, pareto_front
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
@@ -90,13 +90,13 @@ def tune(
     backbone = Backbone(model)
     backbone.check(images)
     image_size = (images.shape[2], images.shape[3])
-    notes_ = _Notes(notes, model, images, batch_size, seed, codebooks)
+    notes_ = Notes(notes, model, images, batch_size, seed, codebooks)
     profile = notes_.profile or LatencyProfile.measure(
         model, batch_size, image_size=image_size, seed=seed, progress=progress
     )
     notes_.keep_profile(profile)
     calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
-    made = _strategies(codebooks, backbone.family.grid(image_size))
+    made = _strategies(codebooks, backbone.grid(image_size))
     bound = {name: calibration.with_strategy(_known(make_strategy(how))) for name, how in made.items()}
     costs = _costs(profile, images[:batch_size], bound, seed, progress)
     options = {"": Option(calibration)} | {name: Option(bound[name], costs[name]) for name in made}
