@@ -1,0 +1,1 @@
+"""A reduced model as a file for onnxruntime, OpenVINO or AOTInductor, and the runtimes that models run in."""

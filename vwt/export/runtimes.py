@@ -1,0 +1,189 @@
+"""What runs a model: torch itself, torch.compile, onnxruntime or OpenVINO."""
+
+import copy
+import importlib.util
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from vwt.errors import ArgumentError, ModelError, first_line
+from vwt.models.spec import family_of
+from vwt.tokenizer import VWTokenizer
+
+RUNTIMES = ("torch", "compile", "onnxruntime", "openvino")
+PRECISIONS = ("float32", "bfloat16")
+
+# What each needs beside torch; the extra `export` has it.
+_PACKAGES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+
+Run: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Answer(nn.Module):
+    """Images (B, C, H, W) float32 to the model's answer (B, D) float32, whatever the model's precision.
+
+    Args:
+        model: of timm or transformers, or a VWTokenizer; not changed.
+        precision: what it computes in.
+    """
+
+    def __init__(self, model: nn.Module, precision: str = "float32") -> None:
+        super().__init__()
+        self.family = model.family if isinstance(model, VWTokenizer) else family_of(model)
+        if self.family.parent is not None:
+            raise ModelError(f"{type(model).__name__} is a model of images and text; take its vision tower")
+        self.dtype = getattr(torch, precision)
+        same = next(model.parameters()).dtype == self.dtype
+        self.model = model if same else copy.deepcopy(model).to(self.dtype)
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See above."""
+        return self.family.vectors(self.model(images.to(self.dtype))).float()
+
+
+def check_runtime(runtime: str, precision: str = "float32", device: torch.device | None = None) -> None:
+    """Raise ArgumentError unless a runtime is here, and computes in a precision on a device (by default the CPU)."""
+    for what, value, known in (("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ArgumentError(f"{what} is {value!r}; expected one of {', '.join(known)}")
+    on_cpu = device is None or device.type == "cpu"
+    if runtime == "compile" and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ArgumentError("torch.compile needs a C++ compiler; install g++, or name another in the variable CXX")
+    missing = [name for name in _PACKAGES.get(runtime, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ArgumentError(f"{runtime} needs {', '.join(missing)}, not installed; pip install 'vwt[export]'")
+    if runtime in _PACKAGES and not on_cpu:
+        raise ArgumentError(f"{runtime} is used on the CPU, and the model is on {device}; move it there")
+    if runtime == "onnxruntime" and precision != "float32":
+        raise ArgumentError(f"onnxruntime has no {precision} on a CPU; take float32, or another runtime")
+    if runtime == "openvino" and precision == "bfloat16":
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ArgumentError("OpenVINO has no bfloat16 on this CPU; take float32, or another runtime")
+
+
+def run_in(runtime: str, precision: str, model: nn.Module, example: Tensor) -> Run:
+    """A model in a runtime: what takes images (B, C, H, W) float32 to its answer (B, D) float32.
+
+    Threads are as many as torch has when this is called.
+
+    Args:
+        runtime: "torch", "compile", "onnxruntime" or "openvino".
+        precision: "float32" or "bfloat16", which it computes in; images and answer are float32 all the same.
+        model: of timm or transformers, or a VWTokenizer, in eval mode; not changed.
+        example: (B, C, H, W) images of the shape that it will be called with.
+
+    Raises:
+        ArgumentError: if the runtime is unknown, not installed, or cannot hold this model or precision.
+    """
+    check_runtime(runtime, precision, example.device)
+    # OpenVINO computes in bfloat16 what is written in float32.
+    answer = Answer(model, "float32" if runtime == "openvino" else precision)
+    if runtime == "torch":
+        return answer
+    if runtime == "compile":
+        return compile_alone(answer)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        write_onnx(answer, example, path)
+        if runtime == "onnxruntime":
+            return open_onnx(path, example.shape[0])
+        return open_openvino(path, precision, tuple(example.shape))
+
+
+def compile_alone(module: nn.Module) -> Run:
+    """torch.compile, for which other compiled models do not count as recompilations, as far as torch can."""
+    isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if isolates else {}
+    return torch.compile(module, **options)
+
+
+# -- ONNX --------------------------------------------------------------------------------------------------------------
+
+_IN_ONE_FILE = 2**31 - 2**20  # bytes; protobuf holds no more
+
+
+def write_onnx(answer: nn.Module, example: Tensor, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a module as ONNX for any number of images; input "images", output "output".
+
+    Args:
+        answer: from images to a tensor.
+        example: images.
+        path: the file; weights of more than 2 GB go beside it.
+        metadata: what the file says of itself.
+
+    Raises:
+        ArgumentError: if it cannot be exported; says why.
+    """
+    program = _export_onnx(answer, example)
+    for name, value in (metadata or {}).items():
+        program.model.metadata_props[name] = value
+    size = sum(tensor.numel() * tensor.element_size() for tensor in answer.state_dict().values())
+    program.save(path, external_data=size > _IN_ONE_FILE)
+
+
+def _export_onnx(answer: nn.Module, example: Tensor) -> Any:
+    # Two images: one would be taken for a number that is always one.
+    images = example[:1].expand(2, *example.shape[1:]).contiguous()
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"]}
+    try:
+        with torch.no_grad():
+            return torch.onnx.export(answer, (images,), dynamo=True, dynamic_shapes=dynamic, verbose=False, **names)
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ArgumentError):
+            raise cause from error
+        raise ArgumentError(f"the model cannot be exported to ONNX: {first_line(cause)}") from error
+
+
+def open_onnx(path: Path, batch_size: int | None = None) -> Run:
+    """An ONNX file in onnxruntime; faster if the batch size is known."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads else wait for more work, in the way of whatever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if batch_size is not None:
+        options.add_free_dimension_override_by_name("batch", batch_size)
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return run
+
+
+# -- OpenVINO ----------------------------------------------------------------------------------------------------------
+
+
+def open_openvino(path: Path, precision: str = "float32", shape: tuple[int, ...] | None = None) -> Run:
+    """An ONNX file or OpenVINO IR in OpenVINO, on the CPU; faster if the shape of the images is known."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    if shape is not None:
+        model.reshape(list(shape))
+    hints = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
+    compiled = core.compile_model(model, "CPU", hints)
+
+    def run(images: Tensor) -> Tensor:
+        # A copy: the next call writes its answer in the same place.
+        return torch.from_numpy(compiled(images.numpy())[0].copy())
+
+    return run
