@@ -75,10 +75,10 @@ def test_pairs_as_in_a_loop(tokens):
 
 def test_merged_tokens_are_means_by_size():
     tokens, rows = torch.tensor([[[0.0], [3.0], [9.0]]]), torch.tensor([[0, 1, 1]])
-    once, size = merge_pairs(tokens, None, rows, 2)
-    assert once.tolist() == [[[0.0], [6.0]]]
+    lazy_property, size = merge_pairs(tokens, None, rows, 2)
+    assert lazy_property.tolist() == [[[0.0], [6.0]]]
     assert size.tolist() == [[1.0, 2.0]]
-    twice, size = merge_pairs(once, size, torch.tensor([[0, 0]]), 1)
+    twice, size = merge_pairs(lazy_property, size, torch.tensor([[0, 0]]), 1)
     torch.testing.assert_close(twice, torch.tensor([[[4.0]]]))
     assert size.tolist() == [[3.0]]
 

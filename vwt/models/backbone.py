@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.models.family import Embedded
+from vwt.models.hooks import has_hooks, with_hooks
 from vwt.models.spec import family_of
 from vwt.reductions.reducing import Step, follow, reduce_between
 from vwt.reductions.reduction import Reduction
@@ -232,11 +233,31 @@ class Backbone:
         one_by_one = self._one_by_one(packed)
         for index in sorted(index for index in reductions if start <= index < len(blocks)):
             packed = run_blocks(partial(self._run, blocks[start:index]), packed, one_by_one=one_by_one)
-            attention, mlp = self.halves(blocks[index])
-            packed, step = reduce_between(attention, mlp, packed, reductions[index], self.prefix, one_by_one=one_by_one)
+            packed, step = self._reduce_in(blocks[index], packed, reductions[index], one_by_one)
             steps.append(step)
             start = index + 1
         return run_blocks(partial(self._run, blocks[start:]), packed, one_by_one=one_by_one), steps
+
+    def _reduce_in(self, block: Any, packed: Packed, reduction: Reduction, one_by_one: bool) -> tuple[Packed, Step]:
+        """Tokens through one block, in which they become fewer.
+
+        Its hooks are called once, with (B, n, C), or (1, T, C) where images differ in their tokens.
+        """
+        attention, mlp = self.halves(block)
+
+        def reduce(packed: Packed) -> tuple[Packed, Step]:
+            return reduce_between(attention, mlp, packed, reduction, self.prefix, one_by_one=one_by_one)
+
+        if not has_hooks(block):
+            return reduce(packed)
+        reduced: list[tuple[Packed, Step]] = []
+
+        def forward(tokens: Tensor) -> Tensor:
+            reduced.append(reduce(packed.replace(tokens.flatten(0, 1))))
+            return _as_batch(reduced[0][0])
+
+        tokens = with_hooks(block, forward)(_as_batch(packed))
+        return reduced[0][0].replace(tokens.flatten(0, 1)), reduced[0][1]
 
     def _one_by_one(self, packed: Packed) -> bool:
         """Whether images of different lengths have to run one after another."""
@@ -269,14 +290,17 @@ class Backbone:
     ) -> Any:
         """Tokens that enter block `start` to the model's output.
 
-        Where the head reads the prefix tokens only, nothing else goes through the last MLP, and what is scheduled for
-        the last block does not happen.
+        Where the head reads the prefix tokens only, what is scheduled for the last block does not happen, and nothing
+        else goes through the last MLP, unless the block has hooks, which are given all that leaves it.
         """
         if not self.reads_prefix_only:
             packed, steps = self.run(packed, reductions, start)
             return self.head(self.final_norm(packed), words, steps)
         last = self.depth - 1
         packed, _ = self.run(packed, reductions, start, last)
+        if has_hooks(self.blocks[last]):
+            prefix, _ = unpack(self.run(packed, start=last)[0], self.prefix)
+            return self.family.head(self.family.final_norm(prefix))
         attention, mlp = self.halves(self.blocks[last])
         prefix, _ = unpack(run_blocks(attention, packed, one_by_one=self._one_by_one(packed)), self.prefix)
         return self.family.head(self.family.final_norm(mlp(prefix, None)))
@@ -335,6 +359,11 @@ class Backbone:
         pooled = torch.cat([_pool(tokens, size, self.prefix, skipped, pool) for tokens, size in images])
         pooled = pooled[:, None].to(packed.values.dtype)
         return torch.cat([prefix[:, :skipped], pooled], dim=1)
+
+
+def _as_batch(packed: Packed) -> Tensor:
+    """(B, n, C), or (1, T, C) where images differ in their tokens."""
+    return packed.dense() if packed.is_dense else packed.values[None]
 
 
 def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.blip.modeling_blip import BlipAttention, BlipEncoderLayer, BlipVisionModel
 
 from vwt.errors import ModelError
+from vwt.models.hooks import with_hooks
 from vwt.models.tower import Tower
 from vwt.models.towers import CLIP_NORMALISATION
 from vwt.tokens.attention import BlockInputs, Half
@@ -49,10 +50,12 @@ class BlipTower(Tower):
     def calls(self, blocks: Sequence[nn.Module], inputs: BlockInputs | None) -> Sequence[Callable[[Tensor], Tensor]]:
         """See `Family`; half after half."""
 
-        def call(half: Half, tokens: Tensor) -> Tensor:
-            return half(tokens, inputs)
+        def call(block: nn.Module, tokens: Tensor) -> Tensor:
+            for half in self.halves(block):
+                tokens = half(tokens, inputs)
+            return tokens
 
-        return [partial(call, half) for block in blocks for half in self.halves(block)]
+        return [with_hooks(block, partial(call, block)) for block in blocks]
 
     def halves(self, block: Any) -> tuple[Half, Half]:
         """See `Family`."""

@@ -7,6 +7,7 @@ would be wrong without a word. So the parts are compared with the model itself w
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from vwt.errors import ModelError
 from vwt.models.backbone import Backbone
+from vwt.models.hooks import with_hooks
 from vwt.tokens.attention import run_blocks
+from vwt.tokens.packing import Packed
 
 # Parts run the same operations in the same order; only where a rotation is computed anew are they rounded otherwise.
 TOLERANCE = 1e-4
@@ -71,10 +74,8 @@ def _first_difference(backbone: Backbone, images: Tensor) -> str | None:
         entered, left = calls[index][0]
         if not _same(before, entered):
             return f"what enters block {index} of {count}" if index else "what enters the first block"
-        halved = packed = packed.replace(entered.flatten(0, 1))
-        for half in backbone.halves(block):
-            halved = run_blocks(half, halved)
-        alike = _same(halved.dense(), left)
+        packed = packed.replace(entered.flatten(0, 1))
+        alike = _same(with_hooks(block, partial(_run_halves, backbone, block, packed))(entered), left)
         if type(block) not in kinds:  # what differs between blocks of one kind is in their halves
             kinds.add(type(block))
             alike = alike and _same(backbone.run(packed, start=index, stop=index + 1)[0].dense(), left)
@@ -85,9 +86,17 @@ def _first_difference(backbone: Backbone, images: Tensor) -> str | None:
     return None if _same(head, expected) else "the norm after the blocks or the head"
 
 
+def _run_halves(backbone: Backbone, block: nn.Module, packed: Packed, tokens: Tensor) -> Tensor:
+    """Tokens (1, n, C) in the place of those that are packed through both halves of a block."""
+    packed = packed.replace(tokens.flatten(0, 1))
+    for half in backbone.halves(block):
+        packed = run_blocks(half, packed)
+    return packed.dense()
+
+
 @contextmanager
 def _recording(blocks: list[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]:
-    """What enters and what leaves each block, call by call, in this thread only.
+    """What enters and what leaves each block with its hooks, call by call, in this thread only.
 
     As copies, since a model may write into its tokens.
     """
@@ -104,7 +113,7 @@ def _recording(blocks: list[nn.Module]) -> Iterator[list[list[tuple[Any, Any]]]]
             if threading.get_ident() == thread:
                 own[-1] = (own[-1][0], _copy(output[0] if isinstance(output, tuple) else output))
 
-        yield block.register_forward_pre_hook(before, with_kwargs=True)
+        yield block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
         yield block.register_forward_hook(after)
 
     with ExitStack() as stack:
