@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ from vwt.errors import DocumentError
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write JSON so that `path` holds either the old or the new value, never half of one."""
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(value, indent=indent))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to be written, that then takes its place; it goes where writing fails."""
     fresh = path.parent / f".{path.name}.fresh"
     try:
-        fresh.write_text(json.dumps(value, indent=indent))
+        yield fresh
         os.replace(fresh, path)
-    except OSError:
+    except BaseException:
         fresh.unlink(missing_ok=True)
         raise
 

@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 import torch
 from PIL import Image
@@ -5,9 +7,10 @@ from torch.nn.functional import normalize
 
 from tests.matrix import matrix
 from vwt import Codebook, InterImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
-from vwt.errors import ArgumentError, MismatchError
+from vwt.errors import ArgumentError, DocumentError, MismatchError
 from vwt.models.spec import PatchSpec
-from vwt.pictures.figures import subplots
+from vwt.pictures.figures import save_figure, subplots
+from vwt.pictures.groups import colour_groups
 from vwt.pictures.stages import NEAREST, SHOWN, _named, _outline, frequent, save_stages, stages, word_tiles
 from vwt.tokens.patches import normalise, patchify
 from vwt.tokens.words import Words, keep_patches
@@ -165,3 +168,30 @@ def test_without_matplotlib(small_vit, image, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ArgumentError, match=r"pip install 'vwt\[plots\]'"):
         save_stages(tmp_path / "out.png", image, VWTokenizer(small_vit, Neighbours(0.1)))
+
+
+def test_dropped_patches_are_dimmed_and_belong_to_no_word():
+    """Here all but the first are dropped, which stays as it is."""
+    picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    drawn = colour_groups(picture, keep_patches(torch.tensor([[0]]), (2, 2)))
+    assert torch.equal(drawn[:, :16, :16], picture[:, :16, :16])
+    grey = 0.3 * picture.mean(0, keepdim=True).expand(3, -1, -1)
+    assert torch.equal(drawn[:, 16:], grey[:, 16:])
+    assert torch.equal(drawn[:, :, 16:], grey[:, :, 16:])
+
+
+def test_a_disk_that_is_full_leaves_the_old_picture(tmp_path, monkeypatch):
+    figure, _ = subplots(1, 1)
+    path = tmp_path / "picture.png"
+    save_figure(figure, path)
+    before = path.read_bytes()
+
+    def fill(self, fresh, **options):
+        fresh.write_bytes(before[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(figure), "savefig", fill)
+    with pytest.raises(DocumentError, match=r"cannot draw .*picture\.png: No space left on device"):
+        save_figure(figure, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

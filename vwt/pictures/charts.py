@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from vwt.pictures.figures import subplots
+from vwt.pictures.figures import save_figure, subplots
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import down_to, utility
 
@@ -13,6 +13,7 @@ def plot_profile(path: str | os.PathLike[str], profile: LatencyProfile) -> None:
 
     Raises:
         ArgumentError: if matplotlib is not installed.
+        DocumentError: if the file cannot be written.
     """
     figure, axes = subplots(1, 2, size=(5.5, 4.2))
     left, right = axes[0]
@@ -34,7 +35,7 @@ def plot_profile(path: str | os.PathLike[str], profile: LatencyProfile) -> None:
         f"{machine['threads']} threads, torch {machine['torch']}",
         fontsize=8,
     )
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def plot_utility(
@@ -44,6 +45,7 @@ def plot_utility(
 
     Raises:
         ArgumentError: if matplotlib is not installed.
+        DocumentError: if the file cannot be written.
     """
     curve = utility(profile, accuracy, alpha, block)
     counts = list(curve)
@@ -57,4 +59,4 @@ def plot_utility(
     axes.axvline(best, color="0.7", linestyle="--", linewidth=1)
     axes.set(xlabel=f"tokens left after block {block}", ylim=(0, None), title=f"{profile.model}: {best} tokens")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

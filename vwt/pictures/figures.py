@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from vwt.errors import ArgumentError
+from vwt.documents import replacing
+from vwt.errors import ArgumentError, DocumentError
 
 
 def check_picture(path: str | os.PathLike[str] | None) -> None:
@@ -43,3 +44,17 @@ def new_figure(width: float, height: float, layout: Literal["tight", "constraine
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write a figure as a whole or not at all, with matplotlib's options.
+
+    Raises:
+        DocumentError: if the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        with replacing(path) as fresh:
+            figure.savefig(fresh, format=path.suffix[1:], **options)
+    except OSError as error:
+        raise DocumentError(f"cannot draw {path}: {error.strerror or error}; choose another file") from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vwt.pictures.figures import subplots
+from vwt.pictures.figures import save_figure, subplots
 from vwt.tokens.words import Words
 
 
@@ -25,7 +25,7 @@ def colour_groups(image: Tensor, words: Words, index: int = 0, strength: float =
         (3, H, W) float in [0, 1].
     """
     group = words.group[index].cpu()
-    members = torch.bincount(group.clamp(min=0), minlength=1)[group.clamp(min=0)]
+    members = torch.bincount(group[group >= 0], minlength=1)[group.clamp(min=0)]
     rows, columns = words.grid
     height, width = image.shape[-2:]
 
@@ -53,6 +53,7 @@ def save_groups(
 
     Raises:
         ArgumentError: if matplotlib is not installed.
+        DocumentError: if the file cannot be written.
     """
     figure, axes = subplots(2, len(images))
     for column, (image, title) in enumerate(zip(images, titles, strict=True)):
@@ -61,4 +62,4 @@ def save_groups(
             axes[row][column].axis("off")
         axes[0][column].set_title(title, fontsize=9)
     figure.suptitle(heading)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path, dpi=120, bbox_inches="tight")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vwt.codebook.codebook import Codebook
 from vwt.models.spec import PatchSpec, prepare
-from vwt.pictures.figures import new_figure
+from vwt.pictures.figures import new_figure, save_figure
 from vwt.pictures.groups import colour_groups
 from vwt.reductions.reducing import follow
 from vwt.tokenizer import VWTokenizer
@@ -108,6 +108,7 @@ def save_stages(
     Raises:
         ArgumentError: if matplotlib is not installed.
         MismatchError: if the codebook was made for another model.
+        DocumentError: if the file cannot be written.
     """
     left, plain = stages(fast, image), _colours(image)
     patches = fast.backbone.prefix + left[0].words.group.shape[1]
@@ -134,7 +135,7 @@ def save_stages(
     if codebook is not None and tiles is not None:
         _draw_words(figure.add_subplot(layout[rows, :]), codebook, tiles)
     figure.suptitle(heading, fontsize=11)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path, dpi=160)
 
 
 def _named(words: Words, gone: Tensor) -> Words:
