@@ -14,6 +14,7 @@ from vwt.errors import ArgumentError
 from vwt.models.backbone import Backbone
 from vwt.models.checking import check_parts
 from vwt.models.family import Embedded
+from vwt.models.layers import Layers, blocks_read, encode_layers, join_reductions
 from vwt.models.spec import PatchSpec
 from vwt.reductions.kinds import check_amounts
 from vwt.reductions.reducing import Step, follow
@@ -41,6 +42,8 @@ class VWTokenizer(nn.Module):
         schedule: which blocks make still fewer of them (`PruningSchedule`, or any mapping from blocks to reductions);
             None or an empty one leaves them alone. An image with too few tokens for it, as a strategy that gives each
             its own number may leave, loses as many as it can.
+        after: a reduction of the image tokens that a language model reads in its prompt (LLaVA, PaliGemma), by the
+            attention of the last block of the vision tower; of these models only.
         check: compare the parts of the model with the model itself on one random image, which takes little more than
             one forward; not on the `meta` device.
 
@@ -59,6 +62,7 @@ class VWTokenizer(nn.Module):
         strategy: Strategy | None = None,
         schedule: Mapping[int, Reduction] | None = None,
         *,
+        after: Reduction | None = None,
         check: bool = True,
     ) -> None:
         super().__init__()
@@ -68,12 +72,16 @@ class VWTokenizer(nn.Module):
             raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
         if not _is_schedule(schedule):
             raise ArgumentError(f"schedule is {schedule!r}; expected vwt.PruningSchedule({{block: tokens to remove}})")
+        if not isinstance(after, Reduction | None):
+            raise ArgumentError(f"after is {after!r}; expected a reduction, such as vwt.Absorb(0.5)")
         self.backbone = Backbone(model)
         self.family = self.backbone.family
         if check:
             check_parts(self.backbone)
         self.schedule: Mapping[int, Reduction] = schedule or {}
+        self.after = after
         check_amounts(self.schedule, self.backbone.depth)
+        self._check_after()
         self.backbone.check_reductions(self.schedule)
         self.model: Any = model
         self.strategy: Any = None
@@ -193,23 +201,56 @@ class VWTokenizer(nn.Module):
         """The model's own head on features of the full grid (B, P + N, C)."""
         return self.model.forward_head(features, pre_logits=pre_logits)
 
-    def tokenize(self, images: Tensor) -> Words:
-        """Which patches of images (B, C, H, W) make which token; nothing is encoded."""
+    def tokenize(self, images: Tensor, **options: Any) -> Words:
+        """Which patches of images (B, C, H, W) make which token; nothing is encoded.
+
+        Of a model whose language model reads image tokens in its prompt, these are the tokens that it reads, in their
+        order, for which the images are encoded.
+
+        Args:
+            images: as the model takes them; of LLaVA-NeXT tiles (images, tiles, C, H, W), and the Words are theirs.
+            options: what such a model's `get_image_features` takes beside them, such as `image_sizes`.
+        """
+        whole = self.family.parent
+        if whole is not None and whole.reads_layers:
+            return whole.call("tokenize", self._encode_layers, {"pixel_values": images, **options})
         self.backbone.check(images)
         self.backbone.check_reducible()
         _, words = self.backbone.pack_all(images) if self.strategy is None else self._reduce(images)
         return words
 
-    def _call(self, method: str, images: Tensor | None = None, **options: Any) -> Any:
+    def _call(self, method: str, first: Tensor | None = None, **options: Any) -> Any:
         """A method of a model of images and text, which sees fewer tokens of the images."""
         whole = self.family.parent
         assert whole is not None
-        if images is not None and "pixel_values" in options:
-            raise ArgumentError(f"{method} is given images twice, first and as pixel_values; give them once")
-        given = options if images is None else {"pixel_values": images, **options}
+        name = whole.main_input(method)
+        if first is not None and name in options:
+            what = "images" if name == "pixel_values" else name
+            raise ArgumentError(f"{method} is given {what} twice, first and as {name}; give them once")
+        given = options if first is None else {name: first, **options}
+        if whole.reads_layers:
+            return whole.call(method, self._encode_layers if self._reduces else None, given)
         if given.get("pixel_values") is not None:
             self.backbone.check(given["pixel_values"])
         return whole.call(method, self._encode_images, given)
+
+    def _encode_layers(self, images: Tensor, layers: Layers) -> tuple[list[Tensor], Words]:
+        """Hidden states of the vision tower of images (B, C, H, W), on the full grid, and the Words of their tokens."""
+        if isinstance(images, Tensor) and images.is_floating_point():  # the tower casts them too
+            images = images.to(self.family.projection.weight.dtype)
+        packed, words = self.pack(self.backbone.check(images))
+        return encode_layers(self.backbone, packed, words, layers, self.schedule, self.after)
+
+    def _check_after(self) -> None:
+        """Raise ArgumentError for reductions of what the language model does not read, if there is one."""
+        whole = self.family.parent
+        if whole is not None and whole.reads_layers:
+            join_reductions(self.schedule, self.after, max(blocks_read(whole.layers, self.backbone.depth)))
+        elif self.after is not None:
+            raise ArgumentError(
+                f"after is for models whose language model reads image tokens in its prompt, not for "
+                f"{type(self.backbone.model).__name__}; name a block in the schedule"
+            )
 
     def _encode_images(self, images: Tensor) -> tuple[Any, Callable[[], tuple[Tensor, Tensor]] | None]:
         """What the vision tower answers to images (B, C, H, W), and, if they were reduced, what gives their tokens."""
@@ -220,8 +261,12 @@ class VWTokenizer(nn.Module):
         packed, steps = self.backbone.encode_packed(packed, self.schedule)
         return self.backbone.head(packed, words, steps), partial(self.backbone.attended, packed, words, steps)
 
+    @property
+    def _reduces(self) -> bool:
+        return self.strategy is not None or len(self.schedule) > 0 or self.after is not None
+
     def _changes_nothing(self, images: Tensor) -> bool:
-        return images.shape[0] == 0 or (self.strategy is None and len(self.schedule) == 0)
+        return images.shape[0] == 0 or not self._reduces
 
     def pack(self, images: Tensor) -> tuple[Packed, Words]:
         """Images (B, C, H, W) to the tokens that enter the first block, prefix tokens first, and their Words."""

@@ -1,6 +1,6 @@
 """What is needed of a model: embed, blocks, head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -185,8 +185,8 @@ class Backbone:
         if self.family.parent is not None:
             kind = type(self.model).__name__
             raise ArgumentError(
-                f"{kind} is a model of images and text; measure its vision tower, model.vision_model, and give what is "
-                f"found to VWTokenizer({kind}, ...)"
+                f"{kind} is a model of images and text; measure its vision tower, "
+                f"model.{self.family.parent.tower}, and give what is found to VWTokenizer({kind}, ...)"
             )
 
     def check_reductions(self, reductions: Mapping[int, Reduction]) -> None:
@@ -258,6 +258,20 @@ class Backbone:
 
         tokens = with_hooks(block, forward)(_as_batch(packed))
         return reduced[0][0].replace(tokens.flatten(0, 1)), reduced[0][1]
+
+    def run_and_reduce(
+        self, packed: Packed, index: int, reduction: Reduction, leave: Callable[[Tensor], Tensor]
+    ) -> tuple[Packed, Step]:
+        """Tokens through block `index` and `leave`, and then reduced by what the block's attention says of them."""
+
+        def whole(tokens: Tensor, inputs: BlockInputs | None) -> Tensor:
+            return leave(self._run([self.blocks[index]], tokens, inputs))
+
+        def nothing(tokens: Tensor, inputs: BlockInputs | None) -> Tensor:
+            return tokens
+
+        one_by_one = self._one_by_one(packed)
+        return reduce_between(whole, nothing, packed, reduction, self.prefix, one_by_one=one_by_one)
 
     def _one_by_one(self, packed: Packed) -> bool:
         """Whether images of different lengths have to run one after another."""

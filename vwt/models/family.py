@@ -42,13 +42,24 @@ Normalisation: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class Parent(Protocol):
-    """A vision-language model whose vision tower is reduced; see `vwt.models.image_text`."""
+    """A vision-language model whose vision tower is reduced; `vwt.models.image_text`, `vwt.models.vision_language`."""
 
     model: Any
-    methods: tuple[str, ...]  # of the model, that can be called
+    tower: str  # the name of the vision tower in it
+    methods: tuple[str, ...]  # that can be called
+    reads_layers: bool  # its language model reads the tower's hidden states in the place of placeholders
 
-    def call(self, method: str, encode_images: Callable[[Tensor], Any], options: dict[str, Any]) -> Any:
-        """One of `methods` with options by name; `encode_images` gives the reduced tower's output."""
+    @property
+    def layers(self) -> Sequence[int] | None:
+        """Which hidden states of the tower; None where it is the tower's output."""
+        ...
+
+    def main_input(self, method: str) -> str:
+        """The name of what a method is given first, without a name."""
+        ...
+
+    def call(self, method: str, encode: Any, options: dict[str, Any]) -> Any:
+        """One of `methods` with options by name; `encode` gives what the reduced tower answers to images."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Hugging Face transformers' models; imported only where a model is one of theirs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import transformers
 from torch import nn
@@ -10,6 +11,7 @@ from vwt.models.blip import BlipTower
 from vwt.models.image_text import IMAGE_TEXT_MODELS, VISION, ImageTextModel
 from vwt.models.tower import Tower
 from vwt.models.towers import CLIPTower, Dinov2Tower, SiglipTower, ViTTower
+from vwt.models.vision_language import TOWER, TOWER_CLASSES, VISION_LANGUAGE_MODELS, VisionLanguageModel
 
 TOWERS: tuple[type[Tower], ...] = (CLIPTower, BlipTower, ViTTower, Dinov2Tower, SiglipTower)
 
@@ -22,6 +24,8 @@ def classes_of(tower: type[Tower]) -> list[type[nn.Module]]:
 
 def adapter_of(kind: type) -> Callable[[nn.Module], Tower] | None:
     """What makes the adapter of a model of a class; of a model of images and text, that of its vision tower."""
+    if issubclass(kind, tuple(VISION_LANGUAGE_MODELS)):
+        return _vision_tower_read_by_layers
     if issubclass(kind, tuple(IMAGE_TEXT_MODELS)):
         return _vision_tower_of
     return next((tower for tower in TOWERS if issubclass(kind, (tower.MODEL, *tower.OTHERS))), None)
@@ -34,6 +38,20 @@ def _vision_tower_of(model: nn.Module) -> Tower:
         raise ModelError(unsupported(type(vision)))
     tower = adapter(vision)
     tower.parent = ImageTextModel(model, tower.arguments)
+    return tower
+
+
+def _vision_tower_read_by_layers(model: Any) -> Tower:
+    vision = getattr(model.model, TOWER)
+    adapter = adapter_of(type(vision))
+    if adapter is None or not isinstance(vision, TOWER_CLASSES):
+        names = " or ".join(kind.__name__ for kind in TOWER_CLASSES)
+        raise ModelError(
+            f"this {type(model).__name__} has a {type(vision).__name__} as its vision tower, which is not supported; "
+            f"expected a {names}"
+        )
+    tower = adapter(vision)
+    tower.parent = VisionLanguageModel(model)
     return tower
 
 

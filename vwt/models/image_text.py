@@ -50,14 +50,20 @@ class ImageTextModel:
         arguments: picks the images from what the vision tower is called with, see `Family.arguments`.
     """
 
+    tower, reads_layers, layers = VISION, False, None
+
     def __init__(self, model: nn.Module, arguments: Callable[[Tensor | None, dict[str, Any]], Tensor | None]) -> None:
         self.model, self.arguments = model, arguments
         self.methods, self.text_model = next(own for kind, own in IMAGE_TEXT_MODELS.items() if isinstance(model, kind))
 
-    def call(self, method: str, encode_images: EncodeImages, options: dict[str, Any]) -> Any:
+    def main_input(self, method: str) -> str:
+        """Images, of all methods."""
+        return "pixel_values"
+
+    def call(self, method: str, encode: EncodeImages, options: dict[str, Any]) -> Any:
         """One of `methods`, as the model's class has it, with options by name."""
         shallow = copy.copy(self.model)
-        vision = _VisionProxy(encode_images, self.arguments)
+        vision = _VisionProxy(encode, self.arguments)
         parts: dict[str, Any] = {VISION: vision}
         if self.text_model is not None:
             parts[self.text_model] = _TextProxy(
