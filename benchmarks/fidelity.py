@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py --model MODEL [--checkpoint FILE] --data FOLDER [--results-file NAME] [--plot FILE]
     python benchmarks/fidelity.py --model MODEL --data FOLDER --limit 1000 --no-latency
+    python benchmarks/fidelity.py --model MODEL --data FOLDER --operators
 
 Fidelity: every variant (see `variants.py`) sees every image of the data set, or --limit of them drawn with the seed.
 `kl` is the mean over images of KL(full ‖ reduced) of the class distributions, in nats; `agreement` how often the first
@@ -19,6 +20,10 @@ a quiet machine; --no-latency leaves it out.
 
 `front` says on which Pareto fronts (KL over tokens, KL over latency) a variant is. The second table has, for each
 comparator, the cheapest variant of vwt with at most its KL, and what it costs as a ratio to the comparator.
+
+--operators compares the operators alone: each removes as many patches in the same one block, with proportional
+attention where it merges. One row a block and count has the mean KL of each, `ratio` that of Absorb to the best of the
+others, and the interval of their difference, image by image; a second table has the share of top-1 answers lost.
 """
 
 import argparse
@@ -32,9 +37,10 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import operators
 import timm
 import torch
-from harness import Bench, positive, weights_checksum
+from harness import WORDS, Bench, positive, weights_checksum
 from image_cache import ImageCache
 from results import (
     Panel,
@@ -80,6 +86,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(batch_size=32)
     parser.add_argument("--limit", type=positive, metavar="N", help="images for fidelity, drawn at random; default all")
     parser.add_argument("--class-map", type=Path, metavar="FILE", help="names of classes, one a line")
+    parser.add_argument(
+        "--operators", action="store_true", help="table of operators by depth instead, of fidelity alone"
+    )
     parser.add_argument("--no-latency", action="store_true", help="leave latency out")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
 
@@ -88,10 +97,13 @@ def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
     if arguments.workers < 0:
         raise ArgumentError(f"--workers is {arguments.workers}; expected at least 0")
-    bench = Bench.open(arguments)
+    if arguments.plot and arguments.operators:
+        raise ArgumentError("--plot draws the table of variants; leave out --operators")
+    bench = Bench.open(arguments, [] if arguments.operators else WORDS)
+    every = operators.operator_variants(bench) if arguments.operators else registry(bench)
     images = open_images(bench)
-    variants = choose(registry(bench), arguments.only)
-    batches = [] if arguments.no_latency else bench.batches(1)
+    variants = choose(every, arguments.only)
+    batches = [] if arguments.no_latency or arguments.operators else bench.batches(1)
     modules, notes = build(bench, variants, bench.prepare(images.first()))
     header = bench.header
     title = f"{arguments.model}, {len(images.chosen) or 'all'} images of {arguments.data}"
@@ -100,7 +112,12 @@ def run(arguments: argparse.Namespace) -> None:
     scores = measure_fidelity(bench, modules, images, known)
     header["images"] = len(scores.kl)
     rows = fidelity_rows(scores, arguments.seed)
-    save_results(bench.paths, header, {"fidelity": with_notes(variants, rows, notes)})  # whatever becomes of the rest
+    tables = {"fidelity": with_notes(variants, rows, notes)}
+    save_results(bench.paths, header, tables)  # whatever becomes of the rest
+    if arguments.operators:
+        save_results(bench.paths, header, tables | print_operators(bench, scores))
+        known.path.unlink(missing_ok=True)
+        return
     seconds = measure_latency(bench, modules, batches) if batches else {}
     baselines = {variant.name: variant.baseline for variant in variants}
     for row in rows if seconds else ():
@@ -297,6 +314,17 @@ def measure_latency(bench: Bench, modules: dict[str, Module], batches: list[Tens
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def print_operators(bench: Bench, scores: Scores) -> dict[str, list[Row]]:
+    """The tables by depth, which are printed."""
+    by_depth = partial(operators.by_depth, scores.names, model=bench.model, seed=bench.arguments.seed)
+    tables = {"operators": by_depth(loss=scores.kl)}
+    print_table("KL by block and patches removed", tables["operators"], operators.COLUMNS)
+    if scores.right is not None:
+        tables["operators_top1"] = by_depth(loss=scores.right[:, :1] - scores.right)
+        print_table("Top-1 lost, as a share of the images", tables["operators_top1"], operators.TOP1_COLUMNS)
+    return tables
 
 
 def fidelity_rows(scores: Scores, seed: int) -> list[Row]:

@@ -26,9 +26,10 @@ Module: TypeAlias = Callable[[Tensor], Any]
 
 FULL, QUANTISED = "full", "quantised"
 RANDOM, PAPER, PADDED, TOME, POMT, TOPK = "random drop", "VWT paper", "padded", "ToMe", "POMT", "top-k"
+ATC, DIFFRATE, PPT, PITOME = "ATC", "DiffRate", "PPT", "PiToMe"
 NEIGHBOURS, INSIDE, BOTH, FILES = "Neighbours", "schedule", "strategy + schedule", "from files"
 OURS = (NEIGHBOURS, INSIDE, BOTH, FILES)
-PEERS = (RANDOM, PAPER, PADDED, TOME, POMT, TOPK)
+PEERS = (RANDOM, PAPER, PADDED, TOME, POMT, TOPK, ATC, DIFFRATE, PPT, PITOME)
 
 DROPS = (0.15, 0.225, 0.33, 0.4)  # shares of the patches that go before the blocks: 29, 44, 64 and 78 of 196
 INTRA_DROPS = (0.25, 0.33, 0.5)
@@ -113,16 +114,26 @@ def from_files(bench: Bench) -> Iterator[Variant]:
 
 
 def comparators(bench: Bench) -> Iterator[Variant]:
-    """The comparators that reduce inside the blocks."""
-    model = bench.model
+    """The comparators that reduce inside the blocks, as their papers run them."""
+    model, patches = bench.model, Backbone(bench.model).patches
     for r in (8, 13):
-        yield Variant(f"ToMe r {r}", TOME, partial(peers.TokenMerging, model, r))
+        everywhere = dict.fromkeys(range(Backbone(model).depth), r)
+        yield Variant(f"ToMe r {r}", TOME, partial(peers.TokenMerging, model, everywhere))
+        yield Variant(f"ATC r {r}", ATC, partial(peers.AgglomerativeClustering, model, everywhere))
     for keep in bench.arguments.topk:
-        yield Variant(f"top-k, {keep} kept in block 3", TOPK, partial(peers.ClassAttentionTopK, model, keep, 3))
+        dropped = {3: max(0, patches - keep)}
+        yield Variant(f"top-k, {keep} kept in block 3", TOPK, partial(peers.ClassAttentionTopK, model, dropped))
     for removed in PRUNED:
-        build = partial(peers.PruneOneMoreToken, model, removed, 3)
-        same_as = schedule_name(PruningSchedule({3: Prune(removed)}))
-        yield Variant(f"POMT R {removed} in block 3", POMT, build, same_as=same_as)
+        name, same_as = f"POMT R {removed} in block 3", schedule_name(PruningSchedule({3: Prune(removed)}))
+        yield Variant(name, POMT, partial(peers.PruneOneMoreToken, model, {3: removed}), same_as=same_as)
+    for gmacs in peers.diffrate.DEIT_TINY:
+        name = f"DiffRate, rates of DeiT-Tiny at {gmacs} GMACs"
+        yield Variant(name, DIFFRATE, partial(peers.DiffRate.published, model, gmacs))
+    for removed in (30, 50):
+        thrice = dict.fromkeys((3, 6, 9), removed)
+        yield Variant(f"PPT, {removed} in blocks 3, 6 and 9", PPT, partial(peers.PruneOrPool, model, thrice))
+    for rate in (0.95, 0.925):
+        yield Variant(f"PiToMe, {rate:g} kept", PITOME, partial(peers.EnergyMerging.keeping, model, rate))
 
 
 def inter_image(bench: Bench) -> list[tuple[str, InterImage]]:

@@ -2,34 +2,23 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from peers._peer import Attended, Peer
-from vwt.errors import ArgumentError
+from peers._peer import Attended, Peer, merge
 
 
 class TokenMerging(Peer):
-    """In every block, the r most similar pairs of tokens become their size-weighted mean.
+    """The most similar pairs of tokens become their size-weighted mean; the paper does so in every block."""
 
-    Args:
-        model: see `Peer`.
-        r: pairs to merge in each block; where fewer tokens are left, as many as there can be.
-    """
+    @staticmethod
+    def most(patches: int) -> int:
+        """See `Peer`: every other token can merge into one of the rest."""
+        return patches // 2
 
-    def __init__(self, model: nn.Module, r: int) -> None:
-        super().__init__(model)
-        if r < 0:
-            raise ArgumentError(f"r is {r}; expected a number of pairs a block of at least 0")
-        self.r = r
-
-    def remaining(self, block: int, tokens: int) -> int:
-        """See `Peer`."""
-        return tokens - min(self.r, (tokens - 1) // 2)
-
-    def reduce(self, attended: Attended, tokens: Tensor, size: Tensor | None, left: int) -> tuple[Tensor, Tensor]:
+    def reduce(self, block: int, attended: Attended, tokens: Tensor, left: int) -> tuple[Tensor, Tensor]:
         """See `Peer`."""
         rows = match_pairs(attended.keys.mean(dim=1), tokens.shape[1] - left)
-        return merge_pairs(tokens, size, rows, left)
+        return merge(tokens, attended.size, rows, left)
 
 
 def match_pairs(metric: Tensor, r: int) -> Tensor:
@@ -53,26 +42,3 @@ def match_pairs(metric: Tensor, r: int) -> Tensor:
     rows[:, ::2] = torch.where(merged, stay + partner, (~merged).cumsum(dim=1) - 1)
     rows[:, 1::2] = torch.arange(stay, metric.shape[1] - r, device=metric.device)
     return rows
-
-
-def merge_pairs(tokens: Tensor, size: Tensor | None, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Size-weighted means of the tokens of each place.
-
-    Args:
-        tokens: (B, n, C).
-        size: (B, n) float32, patches in each token; None where all are 1.
-        rows: (B, n) int64, the place of each token.
-        count: places.
-
-    Returns:
-        Tokens (B, count, C) and their sizes (B, count) float32.
-    """
-    batch, _, width = tokens.shape
-    if size is None:
-        size = tokens.new_ones(rows.shape, dtype=torch.float32)
-    index = (rows + torch.arange(0, batch * count, count, device=rows.device)[:, None]).flatten()
-    total = size.new_zeros(batch * count).index_add_(0, index, size.flatten())
-    # Shares of at most 1, so that no sum is larger than its terms in half precision.
-    share = (size.flatten() / total[index]).to(tokens.dtype)
-    merged = tokens.new_zeros(batch * count, width).index_add_(0, index, tokens.flatten(0, 1) * share[:, None])
-    return merged.view(batch, count, width), total.view(batch, count)

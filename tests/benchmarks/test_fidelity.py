@@ -329,7 +329,7 @@ def test_whole_table(run):
     groups = list(dict.fromkeys(row["group"] for row in found.values()))
     assert groups == [
         "full", "quantised", "random drop", "VWT paper", "padded", "Neighbours", "schedule", "strategy + schedule",
-        "from files", "ToMe", "top-k", "POMT",
+        "from files", "ToMe", "ATC", "top-k", "POMT", "DiffRate", "PPT", "PiToMe",
     ]  # fmt: skip
     assert found["Neighbours 0.4"]["tokens"] == 61
     assert found["Neighbours 0.4 + Absorb(0.5) in block 3"]["tokens"] == 1 + (4 * 60 + 2 * 30) / 6
@@ -340,7 +340,7 @@ def test_whole_table(run):
         assert (own["tokens"], paper["tokens"]) == pytest.approx((tokens, tokens))
         assert own["kl"] == pytest.approx(paper["kl"], abs=1e-5)
     measured = [row for row in found.values() if "note" not in row]
-    assert len(found) - len(measured) == 3  # of a model so small
+    assert len(found) - len(measured) == 3 + 3 + 2  # of a model so small, of DiffRate's rates, and of PPT's block 9
     for row in measured:
         assert row["kl_low"] <= row["kl"] + 1e-12
         assert row["kl"] <= row["kl_high"] + 1e-12

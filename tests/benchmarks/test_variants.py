@@ -44,7 +44,7 @@ def test_names_are_unique_and_refer_to_others(small_vit):
 def test_choice_is_by_name_or_group_and_keeps_the_baseline(small_vit):
     every = variants.registry(make_bench(small_vit))
     assert variants.choose(every, None) == every
-    assert [v.name for v in variants.choose(every, ["POMT R 5", "ToMe"])] == [
+    assert [v.name for v in variants.choose(every, ["POMT R 5", "ToMe r"])] == [
         "full", "ToMe r 8", "ToMe r 13", "POMT R 56 in block 3",
     ]  # fmt: skip
     assert [v.group for v in variants.choose(every, ["schedule"])] == ["full"] + ["schedule"] * len(variants.SCHEDULES)
@@ -90,7 +90,7 @@ def test_tokens_are_those_that_enter_the_blocks(small_vit):
     fast = vwt.VWTokenizer(small_vit, vwt.IntraImage(0.5), vwt.PruningSchedule({1: 10, 3: 20}))
     assert variants.mean_tokens(bench, fast, images).tolist() == pytest.approx([1 + 220 / 6] * 2)
     assert variants.mean_tokens(bench, small_vit, images).tolist() == [101, 101]
-    tome = peers.TokenMerging(small_vit, 8)
+    tome = peers.TokenMerging(small_vit, dict.fromkeys(range(6), 8))
     assert variants.mean_tokens(bench, tome, images).tolist() == [sum(101 - 8 * block for block in range(6)) / 6] * 2
     padded = peers.PadAndMask(vwt.VWTokenizer(small_vit, vwt.IntraImage(0.5)))
     assert variants.mean_tokens(bench, padded, images).tolist() == [51, 51]
