@@ -6,12 +6,13 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.ready
-# Processes that tests run in, and the seed of `make test-random`.
+# Processes that tests run in, the seed of `make test-random` and `make fuzz`, and damaged files of the latter.
 JOBS ?= 2
+MUTATIONS ?= 10000
 SEED := $(or $(SEED),$(shell date +%s))
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: setup demo test test-all test-random test-oldest lint types docs clean
+.PHONY: setup demo test test-all test-random test-oldest fuzz lint types docs clean
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with vwt and all that its tests need
 define install
@@ -50,6 +51,10 @@ test-all: $(READY)
 test-random: $(READY)
 	@echo "seed $(SEED)"
 	$(BIN)/python $(PYTEST) -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
+
+# Damaged codebooks, plans, schedules, profiles, notes and results; `tests/fuzz.py` says what must become of them.
+fuzz: $(READY)
+	PYTHONPATH=benchmarks $(BIN)/python -m tests.fuzz --mutations $(MUTATIONS) --seed $(SEED)
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python $(PYTEST)

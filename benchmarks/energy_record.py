@@ -4,18 +4,27 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from results import Row, mean_interval, print_table, save_results
 
+from vwt.documents import is_number
 from vwt.energy.meter import Energy
-from vwt.errors import ArgumentError
+from vwt.errors import ArgumentError, brief
 
 COLUMNS = {
     "name": "", "joules_per_image": ".4g", "joules_ci": ".2g", "above_idle": ".4g", "watts": ".2f", "watts_ci": ".2g",
     "ms": ".2f", "ms_ci": ".2g", "images_per_second": ".1f", "tokens": ".1f", "agreement": ".3f", "windows": "d",
     "source": "", "note": "",
 }  # fmt: skip
+# What the rows of a file must have, for the tables that are made of them.
+NUMBER, TEXT = int | float, str | None
+WINDOW = {
+    "name": str, "session": int, "device": str, "source": str, "seconds": NUMBER, "images": int,
+    "joules": NUMBER | None, "watts": NUMBER | None, "cost": NUMBER | None, "reason": TEXT,
+}  # fmt: skip
+FACTS = {"name": str, "group": str, "tokens": NUMBER | None, "agreement": NUMBER | None, "note": TEXT}
 
 
 @dataclass
@@ -52,7 +61,11 @@ class Record:
             then = {name: saved[name] for name in header}
             tables = saved["tables"]
             record.facts, record.windows, record.idle = tables["facts"], tables["windows"], tables["idle"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            _check_rows(record.facts, FACTS)
+            _check_rows([*record.windows, *record.idle], WINDOW)
+            if not all(row["seconds"] > 0 and row["images"] > 0 for row in record.windows):
+                raise ValueError("a window without time or images")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArgumentError(f"{paths[0]} holds no energy figures of this benchmark{way_out}") from error
         if then != header:
             raise ArgumentError(f"{paths[0]} has figures of {difference(then, header)}{way_out}")
@@ -128,14 +141,25 @@ class Record:
         return {session: float(np.mean(values)) for session, values in watts.items()}
 
 
+def _check_rows(rows: list[Row], kinds: dict[str, Any]) -> None:
+    """Raise TypeError, KeyError or ValueError unless all rows have values of these kinds, and finite numbers."""
+    for row in rows:
+        for name, kind in kinds.items():
+            value = row[name]
+            if not isinstance(value, kind) or (isinstance(value, int | float) and not is_number(value)):
+                raise TypeError(f"{name} is {brief(value)}")
+        if "joules" in kinds and (row["joules"] is None) != (row["watts"] is None):
+            raise ValueError("joules without watts")
+
+
 def difference(then: Row, now: Row) -> str:
     """The first thing in which two headers differ, in words."""
     for name, value in now.items():
         if isinstance(value, dict) and isinstance(then[name], dict) and value != then[name]:
-            key = next(key for key in sorted({*value, *then[name]}) if value.get(key) != then[name].get(key))
-            return f"another --{key.replace('_', '-')}: {then[name].get(key)}, and not {value.get(key)}"
+            key = next(key for key in sorted({*value, *then[name]}) if value.get(key, ...) != then[name].get(key, ...))
+            return f"another --{key.replace('_', '-')}: {brief(then[name].get(key))}, and not {brief(value.get(key))}"
         if value != then[name]:
-            return f"another {name}: {then[name]}, and not {value}"
+            return f"another {name}: {brief(then[name])}, and not {brief(value)}"
     raise ValueError("the headers are equal")
 
 

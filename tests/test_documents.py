@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vwt.documents import load_document, save_document, write_json
+from vwt.documents import is_number, load_document, save_document, write_json
 from vwt.errors import DocumentError, VWTError
 
 FIELDS = {"rows": [1, 2.5, None], "name": "α", "nested": {"deep": [True]}}
@@ -149,7 +149,7 @@ def test_another_format(path, kind):
     assert repr(kind) in str(error.value)
 
 
-@pytest.mark.parametrize("version", [0, 2, 4, "3", None, [3], math.inf], ids=repr)
+@pytest.mark.parametrize("version", [0, 2, 4, "3", None, [3], math.inf, 3.0], ids=repr)
 def test_another_version(path, version):
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
     with pytest.raises(DocumentError) as error:
@@ -170,6 +170,30 @@ def test_other_fields(path, fields, fault):
     with pytest.raises(DocumentError) as error:
         load(path, fields)
     assert str(error.value) == f"the profile {path} has not the fields of one: {fault}; write it again"
+
+
+def test_a_version_that_is_true_is_none(tmp_path):
+    save_document(tmp_path / "profile.json", "profile", True, FIELDS)
+    with pytest.raises(DocumentError, match="is of version True, this vwt reads version 1"):
+        load_document(tmp_path / "profile.json", "profile", 1, FIELDS)
+
+
+@pytest.mark.parametrize("damage", [{"format": [0] * 9999}, {"version": "x" * 9999}, {"x" * 9999: 1}, {"a\nb": 1}])
+def test_messages_on_damaged_values_are_short(path, damage):
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(DocumentError) as error:
+        load(path)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [(0, True), (-2.5, True), (10**200, True), (True, False), (math.nan, False), (math.inf, False), (10**400, False),
+     ("1", False), (None, False), ([1], False)],
+)  # fmt: skip
+def test_what_is_a_number(value, answer):
+    assert is_number(value) is answer
 
 
 def test_the_error_can_be_caught_as_any_of_vwt(path):

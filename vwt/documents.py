@@ -7,7 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vwt.errors import DocumentError
+from vwt.errors import DocumentError, brief
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a finite number, of a size that figures have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
@@ -71,14 +76,15 @@ def load_document(path: str | os.PathLike[str], kind: str, version: int, fields:
         raise DocumentError(f"{path} is damaged or no {kind}: {error}; write it again") from error
     if not isinstance(content, dict) or content.get("format") != f"vwt {kind}":
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DocumentError(f"{path} is no {kind} of vwt (its format is {found!r}); expected 'vwt {kind}'")
-    if content.get("version") != version:
+        raise DocumentError(f"{path} is no {kind} of vwt (its format is {brief(found)}); expected 'vwt {kind}'")
+    if type(content.get("version")) is not int or content["version"] != version:  # True equals 1
         raise DocumentError(
-            f"{path} is of version {content.get('version')!r}, this vwt reads version {version}; write it again"
+            f"{path} is of version {brief(content.get('version'))}, this vwt reads version {version}; write it again"
         )
     found = {name: value for name, value in content.items() if name not in ("format", "version")}
     unknown, missing = sorted(set(found) - set(fields)), sorted(set(fields) - set(found))
     if unknown or missing:
-        faults = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"without {', '.join(missing)}"] * bool(missing)
+        names = [name if name.isidentifier() and len(name) < 80 else brief(name) for name in unknown[:8]]
+        faults = [f"unknown {', '.join(names)}"] * bool(names) + [f"without {', '.join(missing)}"] * bool(missing)
         raise DocumentError(f"the {kind} {path} has not the fields of one: {'; '.join(faults)}; write it again")
     return found

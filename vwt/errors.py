@@ -36,7 +36,13 @@ class ModelError(VWTError):
     """A model is unknown, unsupported or without the weights that are needed."""
 
 
+def brief(value: object, most: int = 100) -> str:
+    """The repr of a value that comes from a file, cut where it is long: it is damaged, and may be of any size."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def first_line(error: BaseException) -> str:
-    """What another library's error says in one line, or its type where it says nothing."""
+    """What another library's error says in one line that is not long, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import re
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import pytest
 from tests.energy.test_meter import make_tree
 from vwt.energy import sensors
 from vwt.energy.meter import DeviceEnergy, Energy
+from vwt.errors import ArgumentError
 from vwt.measure.timing import time_call
 
 TINY = ["--model", "test_vit", "--random-weights", "--data", "images", "--words-data", "images", "--quiet"]
@@ -162,7 +165,9 @@ def test_idle_watts_are_the_mean_of_before_and_after():
 
 def test_difference():
     header = {"version": "1", "arguments": {"seconds": 2.0, "batch_size": 1}}
-    assert energy_record.difference({**header, "version": "0"}, header) == "another version: 0, and not 1"
+    assert energy_record.difference({**header, "version": "0"}, header) == "another version: '0', and not '1'"
+    more = {**header, "arguments": {**header["arguments"], "speed": None}}
+    assert energy_record.difference(more, header) == "another --speed: None, and not None"
     then = {**header, "arguments": {"seconds": 2.0, "batch_size": 8}}
     assert energy_record.difference(then, header) == "another --batch-size: 8, and not 1"
 
@@ -325,7 +330,7 @@ def test_the_results_of_something_else_are_refused(run, monkeypatch):
     before = Path("out.json").read_text()
     for other, message in (
         (["--batch-size", "2"], "another --batch-size: 1, and not 2"),
-        (["--estimate", "5,36"], "another --estimate: 5,35, and not 5,36"),
+        (["--estimate", "5,36"], "another --estimate: '5,35', and not '5,36'"),
         (["--seed", "1"], "another --seed: 0, and not 1"),
     ):
         status, _, err = run(energy.main, [*options, *other])
@@ -335,6 +340,42 @@ def test_the_results_of_something_else_are_refused(run, monkeypatch):
     monkeypatch.setattr(harness, "hardware", lambda *rest: "another machine")
     assert "another hardware: " in run(energy.main, options)[2]
     assert Path("out.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [
+        ("windows", 3),
+        ("windows", {"seconds": "2"}),
+        ("windows", {"seconds": 0.0}),
+        ("windows", {"images": 0}),
+        ("windows", {"joules": math.nan}),
+        ("windows", {"watts": None, "joules": 3.0}),
+        ("windows", {"session": None}),
+        ("idle", {"seconds": [[1.0]]}),
+        ("facts", {"name": 3}),
+        ("facts", {"tokens": "many"}),
+    ],
+)
+def test_damaged_results_are_refused(tmp_path, table, row):
+    header, path = {"hardware": "Abacus", "sensors": [], "arguments": {"batch_size": 1}}, tmp_path / "out.json"
+    record = energy_record.Record([path, tmp_path / "out.csv"], header)
+    record.facts = [{"name": "full", "group": "full", "note": None, "tokens": None, "agreement": None}]
+    for rows in (record.windows, record.idle):
+        record.add(rows, "full", 1, Energy(2.0, 8, (DeviceEnergy("cpu", "rapl", 2.0, 8, 4.0),), 0.01))
+    assert energy_record.Record.open([path], header, fresh=False) == replace(record, paths=[path])
+    content = json.loads(path.read_text())
+    rows = content["tables"][table]
+    rows[0] = {**rows[0], **row} if isinstance(row, dict) else row
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArgumentError, match="holds no energy figures of this benchmark; measure anew with --fresh"):
+        energy_record.Record.open([path], header, fresh=False)
+
+
+def test_results_nested_without_end_are_refused(tmp_path):
+    (tmp_path / "out.json").write_text("[" * 100_000)
+    with pytest.raises(ArgumentError, match="holds no energy figures"):
+        energy_record.Record.open([tmp_path / "out.json"], {}, fresh=False)
 
 
 def test_interrupted_without_a_file(run, monkeypatch):

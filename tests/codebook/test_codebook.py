@@ -1,11 +1,12 @@
 import errno
 import itertools
 import json
+import math
 import os
 import shutil
 from contextlib import suppress
 from dataclasses import replace
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import fsspec
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vwt import Codebook
+from vwt.codebook import codebook as codebook_module
 from vwt.errors import ArgumentError, CodebookError, MismatchError
 from vwt.models.spec import PatchSpec
 from vwt.tokens.patches import normalise, patchify
@@ -253,6 +255,98 @@ def test_altered_zip(tmp_path):
     flip(path, path.read_bytes().index(b"words/c/0/0") + 200)
     with pytest.raises(CodebookError, match=r"no readable codebook|altered"):
         Codebook.load(path)
+
+
+def claim(path, array, **changes):
+    """Change the metadata of an array on disk."""
+    document = json.loads((path / array / "zarr.json").read_text())
+    (path / array / "zarr.json").write_text(json.dumps(document | changes))
+
+
+def chunks_of(*shape):
+    return {"name": "regular", "configuration": {"chunk_shape": shape}}
+
+
+@pytest.mark.parametrize(
+    ("array", "shape", "chunks", "message"),
+    [
+        (
+            "words",
+            (10**12, 7),
+            (10**12, 7),
+            r"claims to be of shape \(1000000000000, 7\), for which too little is stored",
+        ),
+        ("words", (10**12, 7), (5, 7), "not one chunk"),
+        ("words", (5, 7), (10**12, 7), "not one chunk"),
+        ("counts", (10**12,), (10**12,), "too little is stored"),
+        ("counts", (0,), (1,), "not one chunk|altered"),
+    ],
+)
+def test_an_array_that_claims_more_than_is_stored_is_refused_before_it_is_read(
+    tmp_path, monkeypatch, array, shape, chunks, message
+):
+    path = tmp_path / "w.zarr"
+    codebook().save(path)
+    claim(path, array, shape=shape, chunk_grid=chunks_of(*chunks))
+    read = []
+    monkeypatch.setattr(zarr.Array, "__getitem__", lambda self, _: read.append(self.name) or np.zeros(1))
+    with pytest.raises(CodebookError, match=message):
+        codebook_module._read_array(zarr.open_group(path, mode="r"), array, {}, "w.zarr")
+    assert read == []
+
+
+def test_counts_that_compress_well_are_no_claim(tmp_path):
+    zeros = torch.zeros(200_000, dtype=torch.int64)
+    large = codebook(words=torch.arange(200_000.0)[:, None], counts=zeros, document_counts=zeros.clone())
+    large.save(tmp_path / "w.zarr")
+    assert_same(Codebook.load(tmp_path / "w.zarr"), large)
+
+
+def test_a_zip_file_that_claims_far_more_than_its_size_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "w.zarr.zip"
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive, archive.open("zarr.json", "w") as part:
+        for _ in range(70):
+            part.write(bytes(1 << 20))
+    with pytest.raises(CodebookError, match="it claims to hold 73400320 bytes; build or fetch it anew"):
+        Codebook.load(path)
+
+
+def test_paths_of_a_zip_file_do_not_leave_it(tmp_path):
+    path = tmp_path / "below" / "w.zarr.zip"
+    codebook().save(path)
+    with ZipFile(path, "a") as archive:
+        archive.writestr("../../evil", "evil")
+        archive.writestr("/evil", "evil")
+    assert_same(Codebook.load(path), codebook())
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mean", [[0.0], 0.0, 0.0]),
+        ("std", ["1", 1, 1]),
+        ("mean", [math.nan] * 3),
+        ("projection", []),
+        ("provenance", "vit"),
+    ],
+)
+def test_attributes_of_another_type(tmp_path, name, value):
+    codebook().save(tmp_path / "w.zarr")
+    edit(tmp_path / "w.zarr", lambda attributes: attributes.update({name: value}))
+    with pytest.raises(CodebookError, match=f"w.zarr is damaged: {name} is .*; expected"):
+        Codebook.load(tmp_path / "w.zarr")
+
+
+def test_the_message_on_a_damaged_file_is_short(tmp_path):
+    codebook(size=1000).save(tmp_path / "w.zarr.zip")
+    data = bytearray((tmp_path / "w.zarr.zip").read_bytes())
+    at = data.index(b"words/c/0/0") - 4  # the length of its name
+    data[at : at + 2] = b"\xff\x0f"
+    (tmp_path / "w.zarr.zip").write_bytes(data)
+    with pytest.raises(CodebookError, match="is no readable codebook") as error:
+        Codebook.load(tmp_path / "w.zarr.zip")
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(

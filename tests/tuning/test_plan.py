@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -183,6 +184,13 @@ CHANGES = {
     ),
     "no schedule": ({"chosen": {**ROW, "schedule": None}}, "expected a list"),
     "goal": ({"goal": "fast"}, "goal"),
+    "goal that is a list": ({"goal": {"ratio": [[0.75]]}}, "no goal or no front"),
+    "not a number": ({"chosen": {**ROW, "kl": math.nan}}, "figures are no numbers"),
+    "model": ({"model": ["vit"]}, r"has model \['vit'\]"),
+    "batch": ({"batch_size": True}, "has batch_size True"),
+    "cpu": ({"machine": {"cpu": None, "device": "cpu"}}, "does not say where it was tuned"),
+    "a strategy in the front": ({"front": [{**ROW, "strategy": {}}]}, r"has the strategy \{\}; tune again"),
+    "a large strategy": ({"chosen": {**ROW, "strategy": ["x" * 5000]}}, "has the strategy .{,110}; tune again"),
 }
 
 

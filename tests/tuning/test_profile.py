@@ -249,6 +249,18 @@ CHANGES = {
     "depth": ({"depth": "12"}, "depth"),
     "patches": ({"patches": None}, "patches"),
     "checks": ({"checks": [{"schedule": "{}"}]}, "checks"),
+    "too many blocks": ({"depth": 4_000_000_000}, "has depth 4000000000"),
+    "too many tokens": ({"patches": 10**12 - 1, "counts": [2, 5, 9, 10**12]}, "has patches 999999999999"),
+    "other tokens": ({"patches": 32}, "counts other than whole numbers up to all 33 tokens"),
+    "counts that are shares": ({"counts": [2.5, 5, 9, 17]}, "counts other than whole numbers"),
+    "not a number": ({"block": [1.0, 2.0, math.nan, 4.0]}, "has not 4 numbers in 'block'"),
+    "true": ({"attention": [True, 2.0, 3.0, 4.0]}, "has not 4 numbers in 'attention'"),
+    "endless": ({"embed": math.inf}, "has embed inf"),
+    "model": ({"model": 3}, "has model 3; expected a str"),
+    "prefix only": ({"reads_prefix_only": "no"}, "has reads_prefix_only 'no'; expected a bool"),
+    "nested": ({"head": [[[0.0] * 9] * 9] * 9}, r"has head \[\[\[0\.0, .{,100}\.\.\.; expected"),
+    "cpu": ({"machine": {"cpu": 3, "device": "cpu"}}, "does not say where it was measured"),
+    "checks of nothing": ({"checks": [{"predicted": 1.0, "measured": 0.0}]}, "checks"),
     "counts that fall": ({"counts": COUNTS[::-1]}, "counts"),
 }
 

@@ -225,6 +225,9 @@ ROWS = {
     "amount of another type": ([{**ROW, "amount": "5"}], r"Prune\('5'\): expected a number of tokens to remove"),
     "amount that is none": ([{**ROW, "amount": None}], r"Prune\(None\): expected a number of tokens to remove"),
     "amount that is a list": ([{**ROW, "amount": [5]}], r"Prune\(\[5\]\): expected a number of tokens to remove"),
+    "amount that is large": ([{**ROW, "amount": [[0.0] * 99] * 99}], r"expected a number of tokens to remove.{,40}$"),
+    "block that is large": ([{**ROW, "block": [[0.0] * 99] * 99}], r"names block .{,110}; expected an index from 0$"),
+    "row that is large": ([[0.0] * 9999], "has the reduction .{,110}; expected a block"),
     "share too large": ([{**ROW, "operation": "merge", "amount": 1.0}], r"Merge\(1\.0\): expected a number"),
     "no number": ([{**ROW, "amount": math.nan}], r"Prune\(nan\): expected a number"),
 }

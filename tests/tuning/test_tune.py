@@ -1,5 +1,7 @@
 import json
+import math
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -265,6 +267,18 @@ def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, small):
     assert not notes.exists()
     assert os.listdir(tmp_path) == []
     assert resumed == run(ratio=0.7)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"other": 1}, {"measured": [["a", 1.0]]}, {"measured": {"a": math.nan}}, {"measured": {"a": "1"}}]
+)
+def test_damaged_notes_are_measured_again(tmp_path, damage):
+    path = tmp_path / "plan.tuning"
+    kept = {"of": "abc", "profile": asdict(make_profile()), "measured": {"a": 0.5}}
+    path.write_text(json.dumps(kept))
+    assert read_notes(path) == ("abc", {"a": 0.5}, make_profile())
+    path.write_text(json.dumps(kept | damage))
+    assert read_notes(path) is None
 
 
 OTHERS = {

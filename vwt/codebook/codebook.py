@@ -21,7 +21,8 @@ import zarr
 from torch import Tensor
 from zarr.storage import ZipStore
 
-from vwt.errors import ArgumentError, CodebookError, MismatchError, first_line
+from vwt.documents import is_number
+from vwt.errors import ArgumentError, CodebookError, MismatchError, brief, first_line
 from vwt.models.spec import PatchSpec
 from vwt.tokens.patches import SPACES, Space
 
@@ -32,6 +33,10 @@ VERSION = 1
 
 
 _ARRAYS = {"words": torch.float32, "counts": torch.int64, "document_counts": torch.int64}
+
+
+# An array, or a zip file, of more bytes than SMALL is refused where it is more than RATIO times what is stored of it.
+SMALL, RATIO = 64 << 20, 100
 
 
 # Two float32 normalisations that agree to this are one.
@@ -85,6 +90,12 @@ class Codebook:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.patch_size) != 2 or not all(isinstance(n, int) and n > 0 for n in self.patch_size):
             raise ArgumentError(f"patch_size is {self.patch_size}; expected (height, width) in pixels")
+        for name in ("mean", "std"):
+            if not all(map(is_number, getattr(self, name))):
+                raise ArgumentError(f"{name} is {brief(getattr(self, name))}; expected numbers, one for each channel")
+        for name in ("projection", "provenance"):
+            if not isinstance(getattr(self, name), dict):
+                raise ArgumentError(f"{name} is {brief(getattr(self, name))}; expected a dictionary")
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise ArgumentError(
                 f"mean {self.mean} and std {self.std} do not fit; expected one of each a channel, std above 0"
@@ -226,6 +237,9 @@ class Codebook:
     @classmethod
     def _read(cls, source: str | Path, name: str) -> "Codebook":
         is_zip = isinstance(source, Path) and source.is_file()
+        if is_zip:
+            with zipfile.ZipFile(source) as archive:
+                _check_archive(archive, Path(source))
         store: Any = ZipStore(source, mode="r") if is_zip else str(source)
         try:
             group = zarr.open_group(store, mode="r", zarr_format=3)
@@ -332,11 +346,30 @@ def _read_array(group: zarr.Group, array: str, checksums: dict[str, str], name: 
     stored = group.get(array)
     if not isinstance(stored, zarr.Array):
         raise CodebookError(f"{name} is damaged: the array {array!r} is missing; build or fetch it anew")
+    _check_claim(stored, array, name)
     values = np.asarray(stored[...])
     if torch.from_numpy(values).dtype != _ARRAYS[array] or _checksum(values) != checksums.get(array):
         state = "altered" if stored.nchunks_initialized == stored.nchunks else "missing in part"
         raise CodebookError(f"{name} is damaged: the array {array!r} is {state}; build or fetch it anew")
     return values
+
+
+def _check_claim(stored: zarr.Array, array: str, name: str) -> None:
+    """Raise CodebookError, before anything is allocated, if an array claims to be larger than what is stored of it."""
+    if stored.chunks != stored.shape:
+        raise CodebookError(f"{name} is damaged: the array {array!r} is not one chunk; build or fetch it anew")
+    if stored.nbytes > max(SMALL, stored.nbytes_stored() * RATIO):
+        raise CodebookError(
+            f"{name} is damaged: the array {array!r} claims to be of shape {brief(stored.shape)}, for which too little "
+            "is stored; build or fetch it anew"
+        )
+
+
+def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise CodebookError if a zip file claims to hold far more than its own size."""
+    claimed = sum(part.file_size for part in archive.infolist())
+    if claimed > max(SMALL, path.stat().st_size * RATIO):
+        raise CodebookError(f"{path} is damaged: it claims to hold {claimed} bytes; build or fetch it anew")
 
 
 def _zip(folder: Path) -> Path:

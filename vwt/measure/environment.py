@@ -39,6 +39,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def is_machine(machine: Any) -> bool:
+    """Whether a value of a file says where something was measured."""
+    return isinstance(machine, dict) and all(isinstance(machine.get(name), str) for name in ("cpu", "device"))
+
+
 def other_threads(machine: Mapping[str, Any]) -> str:
     """How the threads here differ from those of a stored machine, on a CPU; empty if they do not."""
     there, here = machine.get("threads"), torch.get_num_threads()

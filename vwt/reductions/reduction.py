@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vwt.errors import ArgumentError
+from vwt.errors import ArgumentError, brief
 from vwt.reductions.assignment import Assignment
 from vwt.tokens.attention import Attend
 
@@ -37,7 +37,9 @@ class Reduction:
         amount = self.amount
         whole = isinstance(amount, int) and not isinstance(amount, bool)
         if not (amount >= 1 if whole else isinstance(amount, float) and 0 < amount < 1):
-            raise ArgumentError(f"{self}: expected a number of tokens to remove, at least 1, or a share in (0, 1)")
+            raise ArgumentError(
+                f"{brief(self)}: expected a number of tokens to remove, at least 1, or a share in (0, 1)"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.amount!r})"

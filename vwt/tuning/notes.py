@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vwt.codebook.codebook import Codebook
-from vwt.documents import write_json
+from vwt.documents import is_number, write_json
 from vwt.errors import DocumentError
 from vwt.models.spec import weights_checksum
 from vwt.tuning.profile import LatencyProfile
@@ -81,7 +81,9 @@ def read_notes(path: Path) -> tuple[str, dict[str, float], LatencyProfile] | Non
     """What an interrupted call left: of what, what was measured, and the profile; None where that is damaged."""
     try:
         kept = json.loads(path.read_text())
-        measured = {str(name): float(value) for name, value in kept["measured"].items()}
+        measured = {**kept["measured"]}
+        if set(kept) != {"of", "profile", "measured"} or not all(map(is_number, measured.values())):
+            return None
         return kept["of"], measured, LatencyProfile.from_fields(kept["profile"], str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, DocumentError):
         return None

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from vwt.codebook.codebook import Codebook
-from vwt.documents import load_document, save_document
-from vwt.errors import ArgumentError, DocumentError, MismatchError, first_line
-from vwt.measure.environment import other_threads
+from vwt.documents import is_number, load_document, save_document
+from vwt.errors import ArgumentError, DocumentError, MismatchError, brief, first_line
+from vwt.measure.environment import is_machine, other_threads
 from vwt.strategies.inter_image import InterImage
 from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
@@ -53,10 +53,10 @@ class Point:
         if not isinstance(row, dict) or set(row) != names:
             raise DocumentError(f"{origin} has a point with other fields than {', '.join(sorted(names))}; tune again")
         numbers = [row[name] for name in ("milliseconds", "ratio", "kl", "agreement")]
-        if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers):
+        if not all(map(is_number, numbers)):
             raise DocumentError(f"{origin} has a point whose figures are no numbers; tune again")
-        if not isinstance(row["strategy"], dict | None):
-            raise DocumentError(f"{origin} has the strategy {row['strategy']!r}; tune again")
+        if not _is_strategy(row["strategy"]):
+            raise DocumentError(f"{origin} has the strategy {brief(row['strategy'])}; tune again")
         return cls(**row | {"schedule": PruningSchedule.from_json(row["schedule"], origin)})
 
     def __str__(self) -> str:
@@ -147,15 +147,31 @@ class Plan:
             DocumentError: if the file is missing, cut short, or no plan.
         """
         own = load_document(path, "plan", VERSION, [field.name for field in fields(cls)])
-        if not isinstance(own["machine"], dict) or not {"cpu", "device"} <= set(own["machine"]):
+        if not is_machine(own["machine"]):
             raise DocumentError(f"{path} does not say where it was tuned; tune again")
-        if not isinstance(own["goal"], dict) or not isinstance(own["front"], list):
+        for name, kind in (("model", str), ("dtype", str), ("batch_size", int)):
+            if type(own[name]) is not kind:
+                raise DocumentError(f"{path} has {name} {brief(own[name])}; tune again")
+        goal = own["goal"]
+        if not isinstance(goal, dict) or not all(map(is_number, goal.values())) or not isinstance(own["front"], list):
             raise DocumentError(f"{path} has no goal or no front; tune again")
         points = {
             "chosen": Point.from_json(own["chosen"], str(path)),
             "front": [Point.from_json(row, str(path)) for row in own["front"]],
         }
         return cls(**own | points)
+
+
+def _is_strategy(made: Any) -> bool:
+    """Whether a value of a file may be how a plan writes a strategy."""
+    if made is None:
+        return True
+    kinds = {"name": str, "codebook": str, "drop": int | float, "threshold": int | float}
+    return (
+        isinstance(made, dict)
+        and "name" in made
+        and all(name in kinds and isinstance(value, kinds[name]) for name, value in made.items())
+    )
 
 
 def make_strategy(made: Mapping[str, Any] | None) -> Strategy | None:
@@ -168,14 +184,16 @@ def make_strategy(made: Mapping[str, Any] | None) -> Strategy | None:
     if made is None:
         return None
     if not isinstance(made, Mapping):
-        raise DocumentError(f"the plan's strategy is {made!r}; expected a name and its arguments; tune again")
+        raise DocumentError(f"the plan's strategy is {brief(made)}; expected a name and its arguments; tune again")
     arguments = {name: value for name, value in made.items() if name != "name"}
     try:
         if made["name"] == "InterImage":
             return InterImage(Codebook.load(arguments.pop("codebook")), **arguments)
         return {"Neighbours": Neighbours}[made["name"]](**arguments)
     except (KeyError, TypeError, ArgumentError) as error:
-        raise DocumentError(f"the plan's strategy {dict(made)!r} is none: {first_line(error)}; tune again") from error
+        raise DocumentError(
+            f"the plan's strategy {brief(dict(made))} is none: {first_line(error)}; tune again"
+        ) from error
 
 
 def describe(made: Mapping[str, Any] | None) -> str:

@@ -18,9 +18,9 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import nn
 
-from vwt.documents import load_document, save_document
-from vwt.errors import ArgumentError, DocumentError, MismatchError
-from vwt.measure.environment import describe_machine, other_threads
+from vwt.documents import is_number, load_document, save_document
+from vwt.errors import ArgumentError, DocumentError, MismatchError, brief
+from vwt.measure.environment import describe_machine, is_machine, other_threads
 from vwt.models.backbone import NOTHING, Backbone
 from vwt.models.spec import PatchSpec
 from vwt.reductions.absorb import Absorb
@@ -36,6 +36,9 @@ POINTS = 16  # token counts that are measured
 
 
 RUNS = 15  # of each part
+
+
+MOST_TOKENS, MOST_BLOCKS = 1 << 20, 1 << 12  # that a file may claim: more is damage, and no model's
 
 
 CHECKS = 8  # of the forwards with schedules, on which predictions are checked, and from which nothing is fitted
@@ -269,13 +272,20 @@ class LatencyProfile:
         return profile
 
     def _check_shape(self, origin: str) -> None:
-        whole = ("depth", "prefix", "patches", "batch_size")
-        numbers = {name: getattr(self, name) for name in (*whole, "embed", "head")}
-        for name, value in numbers.items():
-            if not isinstance(value, int if name in whole else int | float) or isinstance(value, bool) or value < 0:
-                raise DocumentError(f"{origin} has {name} {value!r}; expected a number; measure again")
+        most = {"depth": MOST_BLOCKS, "prefix": MOST_TOKENS, "patches": MOST_TOKENS, "batch_size": MOST_TOKENS}
+        for name in (*most, "embed", "head"):
+            value = getattr(self, name)
+            whole = name not in most or (isinstance(value, int) and value <= most[name])
+            if not is_number(value) or not whole or value < 0:
+                raise DocumentError(f"{origin} has {name} {brief(value)}; expected a number; measure again")
+        for name, kind in (("model", str), ("dtype", str), ("reads_prefix_only", bool)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise DocumentError(f"{origin} has {name} {brief(value)}; expected a {kind.__name__}; measure again")
         checks = self.checks if isinstance(self.checks, list) else [None]
-        if not all(isinstance(c, dict) and {"predicted", "measured"} <= set(c) for c in checks):
+        if not all(
+            isinstance(c, dict) and is_number(c.get("predicted")) and _is_positive(c.get("measured")) for c in checks
+        ):
             raise DocumentError(f"{origin} has checks without figures; measure again")
         series = {name: getattr(self, name) for name in ("counts", "block", "attention", "counting")}
         lengths = dict.fromkeys(series, len(self.counts) if isinstance(self.counts, list) else 0)
@@ -286,15 +296,14 @@ class LatencyProfile:
             )
         for name, values in (series | self.reductions).items():
             length = (lengths | wanted)[name]
-            if (
-                not isinstance(values, list)
-                or len(values) != length
-                or not all(isinstance(v, int | float) for v in values)
-            ):
+            if not isinstance(values, list) or len(values) != length or not all(map(is_number, values)):
                 raise DocumentError(f"{origin} has not {length} numbers in {name!r}; measure again")
         if sorted(set(self.counts)) != self.counts:
             raise DocumentError(f"{origin} has counts that do not rise; measure again")
-        if not isinstance(self.machine, dict) or not isinstance(self.machine.get("device"), str):
+        total = self.prefix + self.patches
+        if not all(isinstance(count, int) for count in self.counts) or self.counts[0] < 0 or self.counts[-1] != total:
+            raise DocumentError(f"{origin} has counts other than whole numbers up to all {total} tokens; measure again")
+        if not is_machine(self.machine):
             raise DocumentError(f"{origin} does not say where it was measured; measure again")
 
 
@@ -330,6 +339,10 @@ def _identity(backbone: Backbone, image_size: tuple[int, int] | None = None) -> 
         "reads_prefix_only": backbone.reads_prefix_only,
         "dtype": str(next(backbone.tower.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
 
 
 def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:

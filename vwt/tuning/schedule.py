@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vwt.datasets import ImageSource
 from vwt.documents import load_document, save_document
-from vwt.errors import ArgumentError, DocumentError
+from vwt.errors import ArgumentError, DocumentError, brief
 from vwt.measure.timing import measure_latency
 from vwt.models.backbone import Backbone
 from vwt.reductions.kinds import KINDS, check_amounts
@@ -190,14 +190,17 @@ class PruningSchedule(Mapping[int, Reduction]):
             raise DocumentError(f"{origin} has reductions of type {type(rows).__name__}; expected a list of them")
         for row in rows:
             if not isinstance(row, dict) or set(row) != {"block", "operation", "amount"}:
-                raise DocumentError(f"{origin} has the reduction {row!r}; expected a block, an operation and an amount")
+                raise DocumentError(
+                    f"{origin} has the reduction {brief(row)}; expected a block, an operation and an amount"
+                )
             kind = KINDS.get(str(row["operation"]))
             if kind is None:
-                raise DocumentError(f"{origin} has the operation {row['operation']!r}; expected {' or '.join(KINDS)}")
+                operation, known = brief(row["operation"]), " or ".join(KINDS)
+                raise DocumentError(f"{origin} has the operation {operation}; expected {known}")
             try:
                 block, reduction = _check_block(row["block"]), kind(row["amount"])
             except (ArgumentError, TypeError) as error:
-                raise DocumentError(f"{origin} has the reduction {row!r}: {error}") from error
+                raise DocumentError(f"{origin} has the reduction {brief(row)}: {error}") from error
             if block in reductions:
                 raise DocumentError(f"{origin} names block {block} twice; expected one reduction a block")
             reductions[block] = reduction
@@ -224,7 +227,7 @@ class PruningSchedule(Mapping[int, Reduction]):
 
 def _check_block(block: Any) -> int:
     if not isinstance(block, int) or isinstance(block, bool) or block < 0:
-        raise ArgumentError(f"the schedule names block {block!r}; expected an index from 0")
+        raise ArgumentError(f"the schedule names block {brief(block)}; expected an index from 0")
     return block
 
 
