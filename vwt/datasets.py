@@ -82,20 +82,20 @@ class ImageSource:
 
     @property
     def name(self) -> str:
-        """The data set's name without the folders above it, which are nobody else's business."""
+        """The data set's name, without the folders above it, which stay private."""
         return self.source if self.source.lower().startswith(_REMOTE) else Path(self.source).resolve().name
 
     @property
     def classes(self) -> dict[str, int]:
-        """Label by class, as far as the data set says; a folder's classes are its sub-folders in their order."""
+        """Label of each class name, if the data set has them; those of a folder are its sub-folders in sorted order."""
         reader = getattr(self.dataset, "reader", self.dataset)
         names = ("class_to_idx", "class_name_to_idx")
         return dict(next((found for name in names if (found := getattr(reader, name, None))), {}))
 
     def fingerprint(self) -> str:
-        """Checksum of the images' names in order, by which a resumed build knows the data set; not of their pixels."""
+        """Checksum of the images' names in order, which identifies the data set to a resumed build; not of pixels."""
         digest = hashlib.sha256(f"{self.name}\n{len(self)}".encode())
-        if hasattr(getattr(self.dataset, "reader", None), "samples"):  # folders and tar files: names cost nothing
+        if hasattr(getattr(self.dataset, "reader", None), "samples"):  # names of folders and tar files are known
             for filename in self.dataset.reader.filenames():
                 digest.update(f"\n{filename}".encode())
         return digest.hexdigest()
@@ -108,8 +108,8 @@ class ImageSource:
         Args:
             batch_size: images at a time.
             start: index of the first.
-            workers: how many processes, 0 for none.
-            chosen: ascending indices, instead of all from `start` on; of a stream, as many of its first.
+            workers: number of processes, 0 for none.
+            chosen: ascending indices, instead of all from `start` on; of a stream, the first so many images.
         """
         if isinstance(self.dataset, IterableDataset):
             yield from self._stream(batch_size, start, None if chosen is None else start + len(chosen))
@@ -124,9 +124,9 @@ class ImageSource:
         yield from loader
 
     def sample(self, count: int, *, seed: int = 0, progress: bool = False) -> Tensor:
-        """Images (count, C, H, W) uint8 drawn at random, fewer if there are not as many that can be read.
+        """Images (count, C, H, W) uint8 drawn at random, fewer if fewer can be read.
 
-        The first ones of a stream, which has no length.
+        Of a stream, which has no length, the first ones.
         """
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
@@ -165,7 +165,7 @@ class ImageSource:
 
 
 def read_image(path: str | os.PathLike[str], model: nn.Module) -> Tensor:
-    """One image file as the model gets it, (C, H, W) uint8.
+    """One image file through the transform of a model, (C, H, W) uint8.
 
     Raises:
         DataError: if there is no such file, or no image in it.
@@ -189,7 +189,7 @@ def _make_transform(model: nn.Module) -> tuple[Callable[[Any], Any], str, tuple[
 
 
 class _Decoded(Dataset):
-    """timm's data set, except that an image that cannot be read is reported (timm takes the next one in its place)."""
+    """timm's data set, except that an unreadable image is reported (timm silently takes the next one instead)."""
 
     def __init__(self, dataset: Any, transform: Callable[[Any], Any], mode: str) -> None:
         self.dataset, self.transform, self.mode = dataset, transform, mode
@@ -229,7 +229,7 @@ def _reason(error: BaseException) -> str:
 
 
 def check_source(source: str) -> None:
-    """Raise DataError unless a source is there, as far as its name tells."""
+    """Raise DataError if a source on this machine is missing; a remote one is found missing when it is opened."""
     remote = source.lower().startswith(_REMOTE)
     if not remote and not Path(source).exists():
         raise DataError(
@@ -251,7 +251,7 @@ def _open(source: str, split: str, root: str | None, class_map: str) -> Any:
         dataset = create_dataset(
             source if remote else "", root=root if remote else source, split=split, class_map=class_map
         )
-    # The factory's readers raise whatever their library does: assertion, import, network and value errors.
+    # The readers raise the errors of their libraries: assertion, import, network and value errors.
     except Exception as error:
         raise DataError(f"cannot read the data set {source}: {first_line(error)}") from error
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:

@@ -1,1 +1,1 @@
-"""Joules: sensors, and a meter over them."""
+"""Energy in joules: sensors, and a meter over them."""

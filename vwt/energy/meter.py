@@ -1,6 +1,6 @@
-"""Joules, watts and seconds of a window, for each device, and where each figure comes from.
+"""Energy and mean power of each device over a measurement window, with the source of each figure.
 
-Joules are measured (see `vwt.energy.sensors`) or None; estimates are made only on request, and are labelled.
+Energy is measured (see `vwt.energy.sensors`) or None; estimates are made only on request, and are labelled.
 
 >>> meter = EnergyMeter(find_sensors())  # doctest: +SKIP
 >>> meter.begin()  # doctest: +SKIP
@@ -23,20 +23,20 @@ from vwt.energy.sensors import POWERCAP, Missing, Sensor, find_sensors
 from vwt.errors import ArgumentError, first_line
 from vwt.measure.environment import cpu_model
 
-STEPS = 10  # of a sensor that a window must hold: each of its ends is uncertain by a step
+STEPS = 10  # updates of the slowest sensor in the shortest window: the error at each end is one update
 
 
 @dataclass(frozen=True)
 class DeviceEnergy:
-    """What one device, or all together, used in a window.
+    """Energy of one device, or of all together, in a window.
 
     Attributes:
         device: its name.
-        source: where the joules come from, see `vwt.energy.sensors.Source`; of several devices, joined by "+".
+        source: of the figure, see `vwt.energy.sensors.Source`; of several devices, joined by "+".
         seconds: length of the window.
-        images: that were computed in it.
-        joules: used; None where they are not known.
-        reason: why they are not.
+        images: processed in it.
+        joules: energy used; None where it is unknown.
+        reason: why it is unknown.
     """
 
     device: str
@@ -53,19 +53,19 @@ class DeviceEnergy:
 
     @property
     def joules_per_image(self) -> float | None:
-        """Joules an image; None where joules are not known or there were no images."""
+        """Joules an image; None where the energy is unknown or there were no images."""
         return None if self.joules is None or not self.images else self.joules / self.images
 
 
 @dataclass(frozen=True)
 class Energy:
-    """What all devices used in a window.
+    """Energy of all devices in a window.
 
     Attributes:
         seconds: length of the window.
-        images: that were computed in it.
-        devices: each one.
-        cost: seconds that the meter itself took: to read sensors at both ends, and in between.
+        images: processed in it.
+        devices: one entry a device.
+        cost: overhead of the meter in seconds: reading the sensors at both ends and in between.
     """
 
     seconds: float
@@ -75,7 +75,7 @@ class Energy:
 
     @property
     def total(self) -> DeviceEnergy:
-        """The sum over all devices that have a sensor; None where one of those gave nothing."""
+        """The sum over all devices that have a sensor; its joules are None where one of those gave no figure."""
         sensed = [device for device in self.devices if device.source != "none"]
         silent = [device for device in sensed or self.devices if device.joules is None]
         joules = None if silent or not sensed else sum(device.joules or 0.0 for device in sensed)
@@ -87,15 +87,15 @@ class Energy:
 
 
 class EnergyMeter:
-    """Measures windows, one after the other.
+    """Measures the energy of windows, one after the other.
 
     Args:
         sensors: see `find_sensors` and `estimator` of `vwt.energy.sensors`.
-        clock: seconds.
+        clock: returns the time in seconds.
 
     Attributes:
-        shortest: the least seconds of a window in which these sensors tell something.
-        senses: whether any sensor can give joules.
+        shortest: length in seconds of the shortest window that these sensors can measure.
+        senses: whether there is a sensor that can be read.
     """
 
     def __init__(self, sensors: Sequence[Sensor], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -119,21 +119,21 @@ class EnergyMeter:
             )
 
     def begin(self, *, idle: bool = False) -> None:
-        """Begin a window, dropping one that has not ended; `idle` if nothing will be computed in it."""
+        """Begin a window, discarding one that has not ended; `idle` if nothing will be computed in it."""
         self._stop_polling()
         entered = self._clock()
         self._trouble = {}
         for sensor in self.sensors:
             try:
                 sensor.begin(idle)
-            except Exception as error:  # whatever a sensor's library raises must not stop what is measured
+            except Exception as error:  # no error of a sensor's library may stop the measured work
                 self._trouble[sensor.name] = first_line(error)
         self._begun = self._clock()
         self._cost = self._begun - entered
         self._start_polling()
 
     def end(self, images: int = 0) -> Energy:
-        """End the window, in which so many images were computed.
+        """End the window, in which so many images were processed.
 
         Raises:
             ArgumentError: without `begin`, or if the window is shorter than `shortest`.
@@ -175,7 +175,7 @@ class EnergyMeter:
             for sensor in self.sensors:
                 try:
                     sensor.poll()
-                except Exception:  # a look that failed is made up for by the next, or `end` finds it missing
+                except Exception:  # the next reading makes up for it, or `end` raises
                     continue
             self._cost += self._clock() - entered
 
@@ -199,7 +199,7 @@ def environment_report(powercap: Path = POWERCAP) -> str:
     return "\n".join(lines)
 
 
-# What figures depend on, and the extra with which it comes.
+# Packages that figures depend on, and the extra that installs each.
 _PACKAGES = {
     "vwt": "", "torch": "", "timm": "", "numpy": "", "faiss-cpu": "", "zarr": "",
     "zeus": "energy", "codecarbon": "codecarbon", "torchao": "int8",

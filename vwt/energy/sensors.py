@@ -1,11 +1,12 @@
-"""Where joules come from: the counters of processors, GPUs and SoCs and, only where asked for, estimates.
+"""Energy sensors: the counters of processors, GPUs and SoCs and, only on request, estimates.
 
-A sensor is one device over one window, and every device is counted once: cores and graphics lie within their package,
-the platform (psys) contains all of them, and neither is read. Memory (dram) is not within a package, and is. A device
-that is there but cannot be read stays in the list as `Missing`, with the reason, so that no sum passes for the whole.
+A sensor measures one device over one window, and every device is counted once: the zones of cores and graphics are
+parts of their package, the platform (psys) contains all of them, and neither is read. Memory (dram) is not part of a
+package, and is read. A device that cannot be read stays in the list as `Missing`, with the reason, so that an
+incomplete sum is not taken for the total.
 
-Processors are read from Linux' powercap files. zeus (extra `energy`) reads everything else, and is imported only here,
-when it is used.
+Processors are read from the powercap files of Linux. zeus (extra `energy`) reads all other devices, and is imported
+only here, when it is used.
 """
 
 import logging
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 from vwt.errors import ArgumentError, VWTError, first_line
 
-# amdsmi is what NVML is, for AMD's GPUs; soc are Apple's and Jetson's meters of the whole chip.
+# amdsmi is the counterpart of NVML for AMD's GPUs; soc are the meters of the whole chip on Apple silicon and Jetson.
 Source = Literal["nvml", "amdsmi", "rapl", "soc", "estimated", "none"]
 
 
@@ -33,34 +34,34 @@ RAPL_STEP = 1e-3  # seconds; Intel's manual: the counters are updated about once
 SLOW_STEP = 0.1  # seconds; NVML's counters move every 20 to 100 ms, those of the others about as fast
 
 
-LOOK = 1.0  # seconds between two looks at a counter, so that one that has stopped is noticed
+POLL = 1.0  # seconds between two readings of a counter at most, so that one that has stopped is noticed
 
 
-STILL = 0.1  # seconds without a rise after which it has: no device uses nothing
+STOPPED = 0.1  # seconds without a rise after which a counter has stopped: every device uses some energy
 
 
-MOST_WATTS = 2000.0  # that no processor package exceeds; from it follows how soon a counter can wrap twice
+MAX_WATTS = 2000.0  # more than any processor package; bounds how soon a counter can wrap around
 
 
 JOULES_PER_KWH = 3.6e6
 
 
 class SensorError(VWTError):
-    """A device has no joules to give for a window; the message is the reason."""
+    """The energy of a device in a window is unknown; the message is the reason."""
 
 
 class Sensor:
-    """The joules of one device over a window.
+    """The energy of one device over a window.
 
-    `begin` and `end` may raise anything: then the device has no joules for that window, and the error is the reason.
+    `begin` and `end` may raise any exception: then the energy of that window is unknown, and the error is the reason.
 
     Args:
         name: of the device.
-        source: where its joules come from.
+        source: of its figures.
         step: seconds between two updates of the sensor.
     """
 
-    poll_every = math.inf  # seconds after which `poll` must be called, or the sensor loses count
+    poll_every = math.inf  # seconds within which `poll` must be called again
 
     def __init__(self, name: str, source: Source, step: float) -> None:
         self.name, self.source, self.step = name, source, step
@@ -70,7 +71,7 @@ class Sensor:
         raise NotImplementedError
 
     def poll(self) -> None:
-        """Look at the counter within a window."""
+        """Read the counter during a window."""
 
     def end(self, seconds: float) -> float:
         """Joules since `begin`, that many seconds ago."""
@@ -78,12 +79,12 @@ class Sensor:
 
 
 class Missing(Sensor):
-    """A device without joules.
+    """A device that cannot be read.
 
     Args:
         name: of the device.
-        reason: why, and what would help.
-        source: that of the sensor it has but that cannot be read; "none" where there is no sensor.
+        reason: why, and what to do.
+        source: of the sensor that cannot be read; "none" where there is no sensor.
     """
 
     def __init__(self, name: str, reason: str, source: Source = "none") -> None:
@@ -101,12 +102,12 @@ class Missing(Sensor):
 class RaplZone(Sensor):
     """A package or its memory, from the files `energy_uj` and `max_energy_range_uj` of a powercap zone.
 
-    The counter wraps around. Read often enough (`poll_every`), it cannot have wrapped twice in between.
+    The counter wraps around. Readings are so frequent (`poll_every`) that it wraps at most once in between.
 
     Args:
         folder: of the zone.
         name: of the device.
-        clock: seconds.
+        clock: returns the time in seconds.
 
     Raises:
         SensorError: if a file cannot be read.
@@ -118,7 +119,7 @@ class RaplZone(Sensor):
         self.range = _read_count(folder / "max_energy_range_uj")
         if self.range < 1:
             raise SensorError(f"{folder / 'max_energy_range_uj'} says {self.range}; expected microjoules above 0")
-        self.poll_every = min(LOOK, self.range / 1e6 / MOST_WATTS / 2)
+        self.poll_every = min(POLL, self.range / 1e6 / MAX_WATTS / 2)
         self._clock, self._lock = clock, threading.Lock()
         self._when, self._last, self._sum = clock(), _read_count(self.file), 0
 
@@ -139,13 +140,13 @@ class RaplZone(Sensor):
 
     def _advance(self) -> None:
         begun, count = self._clock(), _read_count(self.file)
-        # From before one reading to after the next: a process that was kept waiting in between errs on the safe side.
+        # From before one reading to after the next, so that a process that was suspended overestimates the gap.
         gap, rise = self._clock() - self._when, (count - self._last) % self.range
-        if not rise and (gap >= STILL or not self._sum):
+        if not rise and (gap >= STOPPED or not self._sum):
             raise SensorError(f"{self.file} did not rise in {gap:.3g} s; the sensor is not working")
-        if gap * MOST_WATTS > self.range / 1e6:
+        if gap * MAX_WATTS > self.range / 1e6:
             raise SensorError(f"{self.file} was not read for {gap:.3g} s, in which it may have wrapped more than once")
-        if rise / 1e6 > MOST_WATTS * (gap + 10 * self.step):
+        if rise / 1e6 > MAX_WATTS * (gap + 10 * self.step):
             raise SensorError(f"{self.file} went from {self._last} to {count} in {gap:.3g} s; the counter was reset")
         self._last, self._when, self._sum = count, begun, self._sum + rise
 
@@ -185,7 +186,7 @@ def _open_zone(folder: Path, name: str) -> Sensor:
 
 
 def _read_count(path: Path) -> int:
-    """A whole number from a file; raises SensorError where it cannot be had."""
+    """An integer from a file; raises SensorError if it cannot be read."""
     try:
         return int(path.read_text())
     except (OSError, ValueError) as error:
@@ -205,7 +206,7 @@ class ZeusSensor(Sensor):
         name: of the device.
         source: where zeus reads it.
         monitor: a ZeusMonitor, or what behaves like it, of this device.
-        joules: of a zeus Measurement.
+        joules: energy in joules of a zeus Measurement.
         step: seconds between two updates of the sensor.
     """
 
@@ -216,7 +217,7 @@ class ZeusSensor(Sensor):
         self.monitor, self.joules = monitor, joules
 
     def begin(self, idle: bool) -> None:
-        """Begin a window of zeus; whoever measures waits for the GPU."""
+        """Begin a window of zeus; the caller synchronises the GPU."""
         self.monitor.begin_window(self.name, sync_execution=False, restart=True)
 
     def end(self, seconds: float) -> float:
@@ -228,7 +229,7 @@ class ZeusSensor(Sensor):
 
 
 def zeus_sensors(gpus: Sequence[int] | None = None) -> list[Sensor]:
-    """GPUs, all or those of some numbers (as torch counts them), and the SoC, as far as zeus knows them."""
+    """GPUs, all or those of some indices (as in torch), and the SoC, as far as zeus finds them."""
     try:
         from zeus.device import get_gpus, get_soc
         from zeus.device.gpu import AMDGPUs
@@ -279,7 +280,7 @@ def gpu_joules(measurement: Any) -> float:
 def soc_joules(measurement: Any) -> float:
     """Joules of a whole SoC from a zeus Measurement; raises SensorError where it has none.
 
-    Cores and clusters lie within the processor's total.
+    The figures of cores and clusters are parts of the total of the processor.
     """
     parts = vars(measurement.soc_energy)
     if parts.get("total_energy_mj") is not None:
@@ -317,11 +318,11 @@ def find_sensors(powercap: Path = POWERCAP, gpus: Sequence[int] | None = None) -
 
 
 class GivenWatts(Sensor):
-    """An estimate: watts that somebody gave, times seconds.
+    """An estimate: given power in watts times seconds.
 
     Args:
-        idle: watts where nothing is computed.
-        busy: watts where something is.
+        idle: watts while nothing is computed.
+        busy: watts under load.
 
     Raises:
         ArgumentError: unless 0 <= idle <= busy, and busy is above 0.
@@ -335,7 +336,7 @@ class GivenWatts(Sensor):
         self._watts = busy
 
     def begin(self, idle: bool) -> None:
-        """Choose the watts."""
+        """Select the power of this window."""
         self._watts = self.idle if idle else self.busy
 
     def end(self, seconds: float) -> float:
@@ -344,7 +345,7 @@ class GivenWatts(Sensor):
 
 
 class CodeCarbon(Sensor):
-    """An estimate: what codecarbon makes of the processor's load and of the memory that the machine has.
+    """An estimate: that of codecarbon, from the processor's load and the size of the memory.
 
     Raises:
         ArgumentError: if codecarbon is not installed.
@@ -358,7 +359,7 @@ class CodeCarbon(Sensor):
                 from codecarbon import OfflineEmissionsTracker
             except ImportError as error:
                 raise ArgumentError("codecarbon is not installed; pip install 'vwt[codecarbon]'") from error
-            # The country decides on grams of CO2, not on joules, and spares a question to the network.
+            # The country affects CO2 only, not energy; given one, codecarbon does not ask the network.
             self._tracker = OfflineEmissionsTracker(
                 country_iso_code="USA", output_methods=[], log_level="critical", allow_multiple_runs=True
             )
@@ -380,7 +381,7 @@ class CodeCarbon(Sensor):
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without what codecarbon logs, and amdsmi prints, about GPUs that are not there."""
+    """Suppress the messages of codecarbon and amdsmi about missing GPUs."""
     logging.disable(logging.CRITICAL)
     try:
         with redirect_stdout(StringIO()):
@@ -390,7 +391,7 @@ def _silence() -> Iterator[None]:
 
 
 def estimator(text: str) -> Sensor:
-    """What `IDLE,BUSY` (watts) or `codecarbon` asks for.
+    """The sensor of an estimate, `IDLE,BUSY` (watts) or `codecarbon`.
 
     Raises:
         ArgumentError: for any other text, or without codecarbon.

@@ -1,4 +1,4 @@
-"""The machine that figures come from."""
+"""Description of the machine on which figures were measured."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ def cpu_model(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def hardware(device: torch.device, precision: str) -> str:
-    """One line on where figures come from: processor, threads, versions, precision."""
+    """The machine in one line: processor, threads, versions, precision."""
     where = f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}, {where}"

@@ -1,4 +1,4 @@
-"""Wall time of things that are compared, measured in turn."""
+"""Wall time of calls that are compared, measured interleaved."""
 
 import random
 import time
@@ -25,11 +25,11 @@ def measure_latency(
     seed: int = 0,
     progress: bool = True,
 ) -> list[tuple[float, float]]:
-    """Milliseconds a batch of a model and of what was made of it, in turn in one run, and their ratio to the model's.
+    """Milliseconds a batch of a model and of its reduced versions, interleaved in one run, and the ratios to the model.
 
     Args:
-        model: comes first in the answer.
-        reduced: the others.
+        model: first in the result.
+        reduced: the versions that are compared with it.
         images: (n, C, H, W), of which the first batches are taken.
         batch_size: images at a time.
         seed: of the order.
@@ -49,7 +49,7 @@ def measure_latency(
 
 
 class Stopwatch:
-    """Adds up wall time by part.
+    """Accumulates wall time by part.
 
     Attributes:
         seconds: so far, by part.
@@ -60,7 +60,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Time what runs inside as this part."""
+        """Add the time of the `with` block to this part."""
         begin = time.perf_counter()
         try:
             yield
@@ -68,10 +68,10 @@ class Stopwatch:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - begin
 
 
-WARMUP = 5  # items that every call sees before anything is timed
+WARMUP = 5  # items on which every call runs before the first is timed
 
 
-# What is timed, by role; the calls of one group run right after each other, each with the number of an item.
+# Calls that are timed, by role; each takes the index of an item. Those of one group run right after each other.
 Calls: TypeAlias = dict[str, Callable[[int], Any]]
 
 
@@ -80,7 +80,7 @@ Seconds: TypeAlias = dict[str, np.ndarray]
 
 
 def on_batches(module: Callable[..., Any], batches: Sequence[Tensor]) -> Callable[[int], Any]:
-    """Call a module with the batch of a number."""
+    """A call that takes the index of a batch and runs the module on it."""
     return lambda item: module(batches[item])
 
 
@@ -94,17 +94,17 @@ def interleave(
     seed: int = 0,
     progress: bool = True,
 ) -> list[Seconds]:
-    """Wall time of each call on each item, in turn.
+    """Wall time of each call on each item, interleaved.
 
     The calls of a group run right after each other on the same item, in an order that is reversed from one run to the
-    next; the order of the groups is drawn anew each time. A drift of the machine so hits all of them alike.
+    next; the order of the groups is random each time. So a drift of the machine's speed affects all of them alike.
 
     Args:
-        groups: calls by role, each of which takes the number of an item.
-        items: how many there are.
+        groups: calls by role, each of which takes the index of an item.
+        items: number of items.
         runs: on each item.
-        device: to wait for, where it works asynchronously.
-        warmup: items that every call sees, twice, before the first is timed.
+        device: that is synchronised before and after each call, if it is a GPU.
+        warmup: items on which every call runs twice before the first is timed.
         seed: of the order.
         progress: show a progress bar.
 

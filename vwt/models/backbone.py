@@ -116,7 +116,7 @@ class Backbone:
             embedded: the images.
             words: which of their patches make which token.
             sizes: (T,) float32, patches in each token; None where all are 1.
-            size_exponent: attention counts a token as size ** proportion.
+            size_exponent: exponent of the sizes in proportional attention: a key counts size ** size_exponent times.
 
         Raises:
             ModelError: where the model needs a place of the grid for each token, and a word has several.

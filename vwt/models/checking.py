@@ -1,7 +1,7 @@
 """The check that an adapter's parts of a model, put together, are the model.
 
-A model whose class has another forward pass than its family, or a new release of timm that computes in another way,
-would be wrong without a word. So the parts are compared with the model itself when it is wrapped.
+Without it, a subclass with another forward pass, or a new release of timm that computes otherwise, would give wrong
+results silently. So the parts are compared with the model itself when it is wrapped.
 """
 
 import threading

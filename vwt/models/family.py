@@ -106,7 +106,7 @@ class Family:
             )
 
     def forward(self, images: Tensor) -> Any:
-        """What the model itself answers."""
+        """The output of the model itself."""
         return self.model(images)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -307,18 +307,18 @@ class Family:
 
     @property
     def returns_features(self) -> bool:
-        """Whether the model's output holds the encoded tokens of the full grid, beside what the head says."""
+        """Whether the model's output holds the encoded tokens of the full grid, beside the output of the head."""
         return False
 
     def head(self, tokens: Tensor, features: Tensor | None = None) -> Any:
         """Encoded tokens (B, n, C), and the full grid (B, P + N, C) if `returns_features`, to the model's output."""
         return self.model.forward_head(tokens)
 
-    # -- what an answer says -------------------------------------------------------------------------------------------
+    # -- the output ---------------------------------------------------------------------------------------------------
 
     @property
     def has_classes(self) -> bool:
-        """Whether the model tells classes apart, rather than to embed images."""
+        """Whether the output is logits of classes; else it is embeddings."""
         return bool(getattr(self.model, "num_classes", 1))
 
     def vectors(self, output: Any) -> Tensor:

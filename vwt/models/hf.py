@@ -23,7 +23,7 @@ def classes_of(tower: type[Tower]) -> list[type[nn.Module]]:
 
 
 def adapter_of(kind: type) -> Callable[[nn.Module], Tower] | None:
-    """What makes the adapter of a model of a class; of a model of images and text, that of its vision tower."""
+    """The adapter of a class of models; of a vision-language model, that of its vision tower. None if there is none."""
     if issubclass(kind, tuple(VISION_LANGUAGE_MODELS)):
         return _vision_tower_read_by_layers
     if issubclass(kind, tuple(IMAGE_TEXT_MODELS)):

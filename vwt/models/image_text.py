@@ -1,4 +1,4 @@
-"""transformers' models of images and text, of which a vision tower is a part: CLIP, SigLIP, and BLIP with its captions.
+"""Vision-language models of transformers: CLIP, SigLIP, and BLIP with its text models.
 
 Nothing of their forward passes or of `generate` is copied either. They run as they are, on a shallow copy that shares
 all that the model has, but for two parts: its vision tower answers with what is made of fewer tokens, on the full grid,

@@ -1,4 +1,4 @@
-"""What a model says of itself: its family, and how it cuts and sees patches."""
+"""The adapter of a model, and its patch specification: patch size, normalisation and projection."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from vwt.tokens.patches import normalise
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """How a model cuts and sees patches; what a codebook must agree with.
+    """Patch size, normalisation and patch projection of a model, with which a codebook must agree.
 
     Attributes:
         model: the model's name, for messages and provenance.
@@ -128,7 +128,7 @@ def family_of(model: Any) -> Family:
 
 
 def _adapter_of(kind: type) -> Callable[[nn.Module], Family] | None:
-    """What makes the adapter of a model of a class; transformers is imported for its own classes only."""
+    """The adapter of a class of models, None if there is none; transformers is imported for its own classes only."""
     for family in FAMILIES:
         if issubclass(kind, family.MODEL):
             return family

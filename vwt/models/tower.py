@@ -56,7 +56,7 @@ class Tower(Family):
     # -- calling -------------------------------------------------------------------------------------------------------
 
     def arguments(self, images: Tensor | None, options: dict[str, Any]) -> Tensor | None:
-        """See `Family`; what says only what happens anyway may be given."""
+        """See `Family`; options that ask for the default behaviour may be given."""
         options = dict(options)
         if images is None:
             images = options.pop("pixel_values", None)
@@ -157,7 +157,7 @@ class Tower(Family):
             )
 
     def embed(self, images: Tensor) -> Embedded:
-        """See `Family`; the model does not hand out the projection's output, so that it is made anew where needed."""
+        """See `Family`; the model does not return the projection's output, which is computed again if needed."""
         grid = self.grid((images.shape[2], images.shape[3]))
         return Embedded(partial(self.project, images), self.tower.embeddings(images), grid)
 
@@ -191,7 +191,7 @@ class Tower(Family):
         return [{"attention_mask": None if inputs is None else inputs.bias}] * len(blocks)
 
     def calls(self, blocks: Sequence[nn.Module], inputs: BlockInputs | None) -> Sequence[Callable[[Tensor], Tensor]]:
-        """See `Family`; a block always wants to hear of a mask."""
+        """See `Family`; a block has to be given a mask, or None."""
         return [partial(block, **own) for block, own in zip(blocks, self.options(blocks, inputs), strict=True)]
 
     def scale(self, block: Any, half: int, output: Tensor) -> Tensor:
