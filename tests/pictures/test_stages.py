@@ -79,6 +79,18 @@ def test_stage_without_a_strategy(small_vit, image):
     assert int(merged.words.counts[0]) == 93
 
 
+def test_a_reduction_that_does_not_happen_is_no_stage(small_vit, image):
+    """Of the last block, only the class token goes through the MLP where the head reads nothing else."""
+    small_vit.global_pool = "token"
+    last = len(small_vit.blocks) - 1
+    fast = VWTokenizer(small_vit, schedule=PruningSchedule({2: Merge(7), last: Merge(7)}), check=False)
+    assert fast.backbone.reads_prefix_only
+    assert [stage.title for stage in stages(fast, image)] == [
+        "enter the blocks: 101 tokens",
+        "merged in block 2: 94 tokens",
+    ]
+
+
 def test_groups_are_named_by_their_first_patch():
     words = Words(torch.tensor([[2, 0, 2, 1, 0, -1]]), torch.ones(1, 6), torch.tensor([3]), (2, 3))
     gone = torch.tensor([False, True, False, False, False, True])
