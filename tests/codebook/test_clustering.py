@@ -33,9 +33,9 @@ def fill(sample: np.ndarray, parts: list[int], first: int = 0) -> None:
 def test_replaying_the_end_of_a_stream_changes_nothing(parts, size, data):
     sample = np.full(size, -1)
     fill(sample, parts)
-    lazy_property = sample.copy()
+    before = sample.copy()
     fill(sample, parts, first=data.draw(st.integers(0, len(parts))))
-    assert (sample == lazy_property).all()
+    assert (sample == before).all()
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.integers(1, 30))

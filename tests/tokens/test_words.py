@@ -258,9 +258,9 @@ def test_regrouped_patches_equal_a_loop(kept, data):
 def test_words_may_be_regrouped_again(labels, data):
     words = grouped(labels)
     first = data.draw(regroupings(words))
-    lazy_property = check_regrouped(words, first)
-    second = data.draw(regroupings(lazy_property))
-    twice = check_regrouped(lazy_property, second)
+    once = check_regrouped(words, first)
+    second = data.draw(regroupings(once))
+    twice = check_regrouped(once, second)
     both = [[after[place] for place in before] for before, after in zip(first, second, strict=True)]
     at_once = check_regrouped(words, both)
     assert torch.equal(twice.group, at_once.group)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from tests.reductions.test_reductions import make_model
+from tests.reductions.cases import make_model
 from tests.strategies.test_strategies import make_codebook
 from tests.test_datasets import write_images
 from vwt import Absorb, InterImage, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer

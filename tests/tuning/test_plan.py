@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.reductions.test_reductions import make_model
+from tests.reductions.cases import make_model
 from tests.tuning.test_calibration import codebook_of, make_images
 from tests.tuning.test_profile import make_profile
 from vwt import Absorb, InterImage, Neighbours, Plan, Prune, PruningSchedule, VWTokenizer

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reductions.test_reductions import make_model
+from tests.reductions.cases import make_model
 from vwt.errors import ArgumentError, DocumentError, ImageError, MismatchError, ModelError
 from vwt.reductions.absorb import Absorb
 from vwt.reductions.kinds import KINDS

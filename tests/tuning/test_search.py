@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tests.reductions.test_reductions import make_model
+from tests.reductions.cases import make_model
 from tests.tuning.test_calibration import make_images
 from tests.tuning.test_profile import REDUCTIONS, make_profile
 from vwt import Absorb, IntraImage, Neighbours, Prune, PruningSchedule, VWTokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.matrix import matrix
-from tests.reductions.test_reductions import make_model
+from tests.reductions.cases import make_model
 from tests.test_datasets import write_images
 from tests.tuning.test_calibration import codebook_of, make_images
 from tests.tuning.test_profile import make_profile
