@@ -16,7 +16,7 @@ from vwt.datasets import ImageSource
 from vwt.errors import ModelError, VWTError
 from vwt.models.create import create_model
 from vwt.models.spec import prepare
-from vwt.pictures.groups import save_groups
+from vwt.pictures.show import save_stages
 
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 OUT = Path("demo")
@@ -43,11 +43,10 @@ def main() -> int:
     if not trained:
         print("The weights are RANDOM: neither the hub nor a checkpoint is in reach, so agreement means nothing here.")
 
-    shown = torch.arange(0, len(images), len(images) // 6)[:6]
-    words = variants["inter-image, threshold 0.2"].tokenize(inputs[shown])
-    titles = [f"{words.grid[0] * words.grid[1]} patches, {count} tokens" for count in words.counts.tolist()]
-    heading = f"Patches of one visual word share a colour ({len(codebook)} words, threshold 0.2)"
-    save_groups(OUT / "words.png", images[shown].float() / 255, words, titles, heading=heading)
+    fast = variants["inter-image, threshold 0.2"]
+    save_stages(
+        OUT / "words.png", images[0], fast, codebook, images, heading="Patches of one visual word share a colour"
+    )
     print(f"Wrote {OUT / 'words.zarr'} (codebook) and {OUT / 'words.png'} (picture).")
     return 0
 

@@ -4,6 +4,7 @@ What commands need is imported when one is called, so that help is there at once
 """
 
 import argparse
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ COMMANDS = {
     "tune": (
         "find the best plan for a model on this device",
         "Find what changes a model's answers least within a budget, or the fastest that keeps enough.",
+    ),
+    "report": (
+        "write what is known of a plan as one HTML file",
+        "Write one HTML file on a plan: its front, where the time goes, images with their answers, and what made it.",
     ),
     "show": (
         "draw what is done to an image",
@@ -69,9 +74,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    arguments = argparse.Namespace(if_interrupted="")
+    given = sys.argv[1:] if argv is None else argv
+    arguments = argparse.Namespace(if_interrupted="", command_line=shlex.join(["vwt", *given]))
     try:
-        _parser().parse_args(argv, arguments)
+        _parser().parse_args(given, arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: print(f"vwt: {message}", file=sys.stderr)
             return int(arguments.run(arguments))

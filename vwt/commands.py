@@ -20,7 +20,8 @@ from vwt.models.create import create_model
 from vwt.models.support import find_support, list_families
 from vwt.pictures.charts import plot_profile, plot_utility
 from vwt.pictures.figures import check_picture
-from vwt.pictures.stages import save_stages
+from vwt.pictures.report.report import check_report, write_report
+from vwt.pictures.show import save_stages
 from vwt.strategies.inter_image import InterImage
 from vwt.strategies.intra_image import IntraImage
 from vwt.strategies.neighbours import Neighbours
@@ -107,11 +108,13 @@ def _add_tune(tuned: argparse.ArgumentParser) -> None:
     tuned.add_argument("--count", type=int, default=ENOUGH, help="images to draw")
     tuned.add_argument("--seed", type=int, default=0, help="of the draw, and of the order of measurements")
     tuned.add_argument("--out", required=True, help="where to write the plan: NAME.json")
+    tuned.add_argument("--report", metavar="FILE", help="write a report on the plan too: NAME.html")
     tuned.set_defaults(run=_tune, if_interrupted="; the same command goes on where it stopped")
 
 
 def _tune(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out, "plan")
+    check_report(arguments.report)
     check_goal(arguments.ratio, arguments.milliseconds, arguments.agreement)
     check_source(arguments.images)
     model, show = _open_model(arguments), not arguments.quiet
@@ -130,7 +133,45 @@ def _tune(arguments: argparse.Namespace) -> int:
     plan.save(arguments.out)
     print(plan)
     print(arguments.out)
+    if arguments.report:
+        _write_report(arguments.report, plan, model, arguments)
     return 0
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    _add_model(report)
+    report.add_argument("--plan", required=True, help="of vwt tune")
+    report.add_argument("--images", required=True, help="a folder of images to show, or hfds/…, torch/…")
+    report.add_argument("--force", action="store_true", help="apply a plan of another model or device too")
+    report.add_argument("--seed", type=int, default=0, help="of the draw of images")
+    report.add_argument("--out", required=True, help="where to write the report: NAME.html")
+    report.set_defaults(run=_report, if_interrupted="; nothing was written")
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    check_report(arguments.out)
+    check_source(arguments.images)
+    plan = Plan.load(arguments.plan)
+    _write_report(arguments.out, plan, _open_model(arguments), arguments, force=arguments.force)
+    return 0
+
+
+def _write_report(
+    path: str, plan: Plan, model: nn.Module, arguments: argparse.Namespace, *, force: bool = False
+) -> None:
+    skipped = write_report(
+        path,
+        plan,
+        model,
+        arguments.images,
+        command=arguments.command_line,
+        force=force,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    if skipped:
+        print(f"vwt: left out {len(skipped)} images that cannot be read: {', '.join(skipped)}", file=sys.stderr)
+    print(path)
 
 
 def _add_env(env: argparse.ArgumentParser) -> None:
@@ -376,6 +417,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "profile": _add_profile,
     "schedule": _add_schedule,
     "tune": _add_tune,
+    "report": _add_report,
     "show": _add_show,
     "env": _add_env,
     "models": _add_models,

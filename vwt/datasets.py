@@ -29,11 +29,11 @@ _NOT_IMAGES = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 @dataclass(frozen=True)
 class Batch:
-    """A run of consecutive images.
+    """Images that were read together: a run of consecutive ones, or a draw.
 
     Attributes:
-        start: index in the data set of the first image that was tried.
-        stop: index after the last one.
+        start: least index in the data set of an image that was tried.
+        stop: index after the greatest.
         images: (B, C, H, W) uint8, those that could be read.
         indices: (B,) their indices in the data set.
         skipped: (index, name, reason) of each image that could not be read.
@@ -128,17 +128,31 @@ class ImageSource:
 
         Of a stream, which has no length, the first ones.
         """
+        return self.draw(count, seed=seed, progress=progress).images
+
+    def draw(self, count: int, *, seed: int = 0, progress: bool = False) -> Batch:
+        """The same with their indices, in the order in which they were drawn, and what could not be read."""
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
         batches = (next(self.batches(1, start=index)) for index in order) if order else self.batches(1)
-        images: list[Tensor] = []
+        drawn: list[Batch] = []
+        found = 0
         with tqdm(total=count, desc="images", unit="img", disable=not progress) as bar:
             for batch in batches:
-                if len(images) == count:
+                if found == count:
                     break
-                images += list(batch.images)
+                drawn.append(batch)
+                found += len(batch.images)
                 bar.update(len(batch.images))
-        return torch.stack(images) if images else torch.empty(0, *self.input_size).byte()
+        images = [image for batch in drawn for image in batch.images]
+        return Batch(
+            start=min((batch.start for batch in drawn), default=0),
+            stop=max((batch.stop for batch in drawn), default=0),
+            images=torch.stack(images) if images else torch.empty(0, *self.input_size).byte(),
+            indices=[index for batch in drawn for index in batch.indices],
+            skipped=[what for batch in drawn for what in batch.skipped],
+            labels=[label for batch in drawn for label in batch.labels],
+        )
 
     def _stream(self, batch_size: int, start: int, stop: int | None) -> Iterator[Batch]:
         items = itertools.islice(enumerate(iter(self.dataset)), start, stop)
@@ -153,11 +167,12 @@ class ImageSource:
             stop=items[-1][0] + 1,
             images=images,
             indices=[index for index, _, _ in good],
-            skipped=[(index, self._filename(index), reason) for index, reason, _ in items if isinstance(reason, str)],
+            skipped=[(index, self.filename(index), reason) for index, reason, _ in items if isinstance(reason, str)],
             labels=[label for _, _, label in good],
         )
 
-    def _filename(self, index: int) -> str:
+    def filename(self, index: int) -> str:
+        """What an image is called in its data set."""
         reader = getattr(self.dataset, "reader", None)
         if reader is None or isinstance(self.dataset, IterableDataset):
             return f"image {index}"

@@ -44,6 +44,11 @@ def check_writable(path: str | os.PathLike[str], kind: str) -> None:
         )
 
 
+def make_document(kind: str, version: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields after those that say what they are."""
+    return {"format": f"vwt {kind}", "version": version, **fields}
+
+
 def save_document(path: str | os.PathLike[str], kind: str, version: int, fields: dict[str, Any]) -> None:
     """Write fields with a first line that says what they are.
 
@@ -51,7 +56,7 @@ def save_document(path: str | os.PathLike[str], kind: str, version: int, fields:
         DocumentError: if the file cannot be written.
     """
     try:
-        write_json(Path(path), {"format": f"vwt {kind}", "version": version, **fields}, indent=1)
+        write_json(Path(path), make_document(kind, version, fields), indent=1)
     except OSError as error:
         raise DocumentError(f"cannot write the {kind} {path}: {error.strerror}; choose another file") from error
 

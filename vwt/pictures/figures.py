@@ -8,6 +8,8 @@ from typing import Any, Literal
 from vwt.documents import replacing
 from vwt.errors import ArgumentError, DocumentError
 
+SLIDE = 13.33  # inches, the width of a slide
+
 
 def check_picture(path: str | os.PathLike[str] | None) -> None:
     """Raise ArgumentError, before anything is measured, if a picture is asked for that cannot be drawn."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vwt.codebook.codebook import Codebook
 from vwt.documents import is_number, load_document, save_document
@@ -59,13 +59,17 @@ class Point:
             raise DocumentError(f"{origin} has the strategy {brief(row['strategy'])}; tune again")
         return cls(**row | {"schedule": PruningSchedule.from_json(row["schedule"], origin)})
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """The strategy and the schedule as they would be written in Python."""
         what = ", ".join(f"{what!r} in block {block}" for block, what in self.schedule.items())
-        name = " + ".join(part for part in (describe(self.strategy), what) if part) or "the model itself"
+        return " + ".join(part for part in (describe(self.strategy), what) if part) or "the model itself"
+
+    def __str__(self) -> str:
         figures = (
             f"{self.ratio:.3f}  {self.milliseconds:8.2f} ms  KL {self.kl:.4f}  agreement {100 * self.agreement:5.1f} %"
         )
-        return f"{figures}  {name}"
+        return f"{figures}  {self.name}"
 
 
 def pareto_front(points: Iterable[Point]) -> list[Point]:
@@ -120,6 +124,34 @@ class Plan:
             warnings.warn(f"the plan was tuned with {threads}; its latency holds for those", stacklevel=2)
         return VWTokenizer(model, make_strategy(self.chosen.strategy), self.chosen.schedule)
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        images: Tensor | str | os.PathLike[str],
+        *,
+        force: bool = False,
+        progress: bool = True,
+    ) -> None:
+        """Write what is known of the plan as one HTML file; needs Altair, `pip install vwt[report]`.
+
+        Args:
+            path: of the file, .html.
+            model: the one that was tuned.
+            images: a data set of which 64 are drawn, or (n, C, H, W), uint8 or normalised for the model.
+            force: as in `apply`.
+            progress: show progress bars.
+
+        Raises:
+            ArgumentError, DocumentError, MismatchError, DataError: see `vwt.pictures.report.report.write_report`.
+        """
+        # What draws stands above what is drawn, and its packages are optional.
+        from vwt.pictures.report.report import write_report
+
+        skipped = write_report(path, self, model, images, force=force, progress=progress)
+        if skipped:
+            warnings.warn(f"left out {len(skipped)} images that cannot be read: {', '.join(skipped)}", stacklevel=2)
+
     def __str__(self) -> str:
         """The front, one line a point, and the choice."""
         rows = sorted(self.front, key=lambda point: -point.ratio)
@@ -135,9 +167,12 @@ class Plan:
         Raises:
             DocumentError: if the file cannot be written.
         """
+        save_document(path, "plan", VERSION, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written into files."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        points = {"chosen": self.chosen.to_json(), "front": [point.to_json() for point in self.front]}
-        save_document(path, "plan", VERSION, own | points)
+        return own | {"chosen": self.chosen.to_json(), "front": [point.to_json() for point in self.front]}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
