@@ -52,19 +52,24 @@ def test_the_families(capsys):
 
 def test_classes_of_transformers(capsys):
     pytest.importorskip("transformers")
-    assert main(["models", "BlipForConditionalGeneration", "Dinov2Model"]) == 0
-    expected = ["BlipForConditionalGeneration: supported, BLIP; images of one size", "Dinov2Model: supported, DINOv2"]
+    assert main(["models", "BlipForConditionalGeneration", "Dinov2Model", "PaliGemmaForConditionalGeneration"]) == 0
+    expected = [
+        "BlipForConditionalGeneration: supported, BLIP; images of one size",
+        "Dinov2Model: supported, DINOv2",
+        "PaliGemmaForConditionalGeneration: supported, PaliGemma; images of one size",
+    ]
     assert capsys.readouterr().out.splitlines() == expected
     assert main(["models", "SwinModel"]) == 1
     assert re.match(
         r"SwinModel: no\. transformers\.models\.swin\.modeling_swin\.SwinModel is not supported; of transformers, vwt "
-        r"takes CLIPVisionModel, .*SiglipModel; of a model that holds one of these, wrap that part; .*timm.*\n$",
+        r"takes CLIPVisionModel, .*LlavaForConditionalGeneration, .*; of a model that holds one of these, wrap that part; .*timm.*\n$",
         capsys.readouterr().out,
     )
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert "\ntransformers.ViTModel " in out
     assert "BlipForConditionalGeneration" in out
+    assert "\ntransformers.LlavaForConditionalGeneration " in out
     for name in ("pipeline", "ViTmodel", "ViTConfig"):
         with pytest.raises(
             ModelError, match=f"no model '{name}'.* nor has transformers a class of models of that name"

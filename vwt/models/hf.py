@@ -55,9 +55,15 @@ def _vision_tower_read_by_layers(model: Any) -> Tower:
     return tower
 
 
+def describe() -> list[tuple[list[type[nn.Module]], str]]:
+    """The classes of models that can be wrapped, by family, and what there is to say of each family."""
+    towers = [(classes_of(tower), tower.ABOUT) for tower in TOWERS]
+    return [*towers, *(([kind], about) for kind, about in VISION_LANGUAGE_MODELS.items())]
+
+
 def unsupported(kind: type) -> str:
     """Why models of a class cannot be wrapped."""
-    names = ", ".join(one.__name__ for tower in TOWERS for one in classes_of(tower))
+    names = ", ".join(one.__name__ for kinds, _ in describe() for one in kinds)
     return (
         f"{kind.__module__}.{kind.__name__} is not supported; of transformers, vwt takes {names}; of a model that "
         "holds one of these, wrap that part; or see whether timm has the same weights in one of its families "

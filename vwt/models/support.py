@@ -72,9 +72,9 @@ def _find_class_support(name: str) -> Support:
     kind = hf.find_class(name)
     if kind is None:
         raise ModelError(f"{unknown}; nor has transformers a class of models of that name")
-    for tower in hf.TOWERS:
-        if kind in hf.classes_of(tower):
-            return Support(name, None, tower.ABOUT)
+    for kinds, about in hf.describe():
+        if kind in kinds:
+            return Support(name, None, about)
     return Support(name, hf.unsupported(kind))
 
 
@@ -93,8 +93,8 @@ def list_families() -> str:
     if hf is None:
         rows.append(("transformers", f"some of its models too: {INSTALL}"))
     else:
-        for tower in hf.TOWERS:
-            first, *others = (kind.__name__ for kind in hf.classes_of(tower))
-            rows.append((f"transformers.{first}", f"{tower.ABOUT}; also {', '.join(others)}"))
+        for (first, *others), about in hf.describe():
+            also = f"; also {', '.join(kind.__name__ for kind in others)}" if others else ""
+            rows.append((f"transformers.{first.__name__}", about + also))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {about}" for name, about in rows)
