@@ -103,7 +103,7 @@ def make_small(arguments: argparse.Namespace) -> tuple[Any, list[Inputs]]:
     """A small LLaVA with random weights, and prompts of random images and tokens."""
     tower: Any
     tower, text = CLIPVisionConfig(**TOWER), LlamaConfig(**TEXT, vocab_size=IMAGE + 1)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_id=IMAGE))
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE))
     patches = (tower.image_size // tower.patch_size) ** 2
     ids = torch.randint(3, IMAGE, (arguments.prompts, arguments.text_tokens + patches))
     ids[:, 1 : 1 + patches] = IMAGE

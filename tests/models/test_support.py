@@ -62,7 +62,8 @@ def test_classes_of_transformers(capsys):
     assert main(["models", "SwinModel"]) == 1
     assert re.match(
         r"SwinModel: no\. transformers\.models\.swin\.modeling_swin\.SwinModel is not supported; of transformers, vwt "
-        r"takes CLIPVisionModel, .*LlavaForConditionalGeneration, .*; of a model that holds one of these, wrap that part; .*timm.*\n$",
+        r"takes CLIPVisionModel, .*LlavaForConditionalGeneration, .*; of a model that holds one of these, wrap that "
+        r"part; .*timm.*\n$",
         capsys.readouterr().out,
     )
     assert main(["models"]) == 0

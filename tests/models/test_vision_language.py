@@ -11,7 +11,7 @@ from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, VWTokeni
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.models.spec import PatchSpec
 from vwt.tokens.patches import patchify
-from vwt.tokens.words import merge
+from vwt.tokens.words import merge, unmerge
 
 pytest.importorskip("transformers", reason="transformers is not installed; pip install vwt[hf]")
 
@@ -314,6 +314,20 @@ def _with_layer(model, layer):
     other = copy.deepcopy(model)
     other.config.vision_feature_layer = layer
     return other
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_image_tokens_of_a_prompt_on_the_grid(name):
+    model = make_model(name)
+    inputs = make_inputs(model)
+    fast = VWTokenizer(model, make_inter(model), after=Absorb(0.5))
+    words, prompt = fast.tokenize(inputs["pixel_values"]), fast.processor_inputs(**inputs)
+    read = model(**prompt, output_hidden_states=True).hidden_states[0][prompt["input_ids"] == IMAGE]
+    features = fast.get_image_features(inputs["pixel_values"])
+    grid = features.last_hidden_state[:, 1:] if name == "llava" else features.last_hidden_state
+    expected = model.model.multi_modal_projector(grid)
+    torch.testing.assert_close(unmerge(read, words), expected, **CLOSE)
 
 
 @torch.inference_mode()
