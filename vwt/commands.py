@@ -104,7 +104,8 @@ def _add_tune(tuned: argparse.ArgumentParser) -> None:
     tuned.add_argument("--milliseconds", type=float, help="budget a batch")
     tuned.add_argument("--agreement", type=float, help="share of the images that must get the model's own class")
     tuned.add_argument("--batch-size", type=int, default=1, help="images at a time")
-    tuned.add_argument("--codebook", action="append", default=[], help="to try inter-image words too; can be repeated")
+    own = "to try inter-image words too, a path or hf-hub:USER/NAME; can be repeated"
+    tuned.add_argument("--codebook", action="append", default=[], help=own)
     tuned.add_argument("--count", type=int, default=ENOUGH, help="images to draw")
     tuned.add_argument("--seed", type=int, default=0, help="of the draw, and of the order of measurements")
     tuned.add_argument("--out", required=True, help="where to write the plan: NAME.json")
@@ -332,7 +333,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
 def _add_show(show: argparse.ArgumentParser) -> None:
     show.add_argument("image", help="file of an image")
     _add_model(show)
-    show.add_argument("--plan", help="of vwt tune")
+    show.add_argument("--plan", help="of vwt tune, or hf-hub:USER/NAME")
     show.add_argument("--force", action="store_true", help="apply a plan of another model or device too")
     show.add_argument("--strategy", help="neighbours:SHARE, intra:SHARE or inter:CODEBOOK[:THRESHOLD]")
     show.add_argument("--schedule", help="of vwt schedule")

@@ -36,6 +36,10 @@ class ModelError(VWTError):
     """A model is unknown, unsupported or without the weights that are needed."""
 
 
+class HubError(VWTError):
+    """A repository is missing, private, out of reach, or holds something else."""
+
+
 def brief(value: object, most: int = 100) -> str:
     """The repr of a value that comes from a file, cut where it is long: it is damaged, and may be of any size."""
     text = repr(value)

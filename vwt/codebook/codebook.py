@@ -21,6 +21,8 @@ import zarr
 from torch import Tensor
 from zarr.storage import ZipStore
 
+from vwt import hub
+from vwt.codebook.card import make_card
 from vwt.documents import is_number
 from vwt.errors import ArgumentError, CodebookError, MismatchError, brief, first_line
 from vwt.models.spec import PatchSpec
@@ -30,6 +32,9 @@ FORMAT = "vwt-codebook"
 
 
 VERSION = 1
+
+
+STORED = "codebook.zarr"  # in a repository
 
 
 _ARRAYS = {"words": torch.float32, "counts": torch.int64, "document_counts": torch.int64}
@@ -208,12 +213,18 @@ class Codebook:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> "Codebook":
-        """Read a codebook from a path, or read-only from any URL that fsspec knows.
+        """Read a codebook from a path, read-only from any URL that fsspec knows, or as `from_pretrained` does.
+
+        Args:
+            source: a path, a URL, or a repository as `hf-hub:user/name` or `local-dir:FOLDER`.
 
         Raises:
             CodebookError: if there is none, or it is damaged, unfinished, or written by a newer version.
+            HubError: see `from_pretrained`.
         """
         name = os.fspath(source)
+        if hub.has_prefix(name):
+            return cls.from_pretrained(name)
         try:
             if "://" in name and name.endswith(".zip"):
                 with tempfile.TemporaryDirectory() as scratch:
@@ -263,6 +274,40 @@ class Codebook:
             raise CodebookError(f"{name} is damaged: {error}") from error
 
     @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> "Codebook":
+        """Download a codebook from the Hugging Face hub, or take it from the cache.
+
+        Args:
+            source: `user/name` or `hf-hub:user/name`, either with `@revision` behind it; or the folder of such a
+                repository, with or without `local-dir:`.
+            revision: a branch, tag or commit.
+
+        Raises:
+            HubError: if there is none, it is private, or out of reach and not in the cache.
+            CodebookError: if it is damaged.
+        """
+        return cls.load(hub.fetch(os.fspath(source), "codebook", [f"{STORED}/*"], revision) / STORED)
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None) -> str:
+        """Upload to the Hugging Face hub, with a model card made from the provenance.
+
+        Args:
+            repository: `user/name`; made if there is none.
+            private: whether a new repository is; by default as the account has it.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: if the hub refuses, or is out of reach.
+        """
+        name = repository.removeprefix(hub.HUB)
+        card = make_card(name, tuple(self.words.shape), self.space, self.patch_size, self.provenance)
+        with tempfile.TemporaryDirectory(prefix="vwt-hub-") as scratch:
+            self.save(Path(scratch) / STORED)
+            return hub.push(Path(scratch), name, "codebook", card, private)
+
+    @classmethod
     def from_vwt(
         cls,
         path: str | os.PathLike[str],
@@ -306,6 +351,14 @@ class Codebook:
             projection=spec.projection if spec else {},
             provenance={"imported": "vocab.pt", "model": spec.model if spec else None},
         )
+
+
+def pin(source: str | os.PathLike[str]) -> str:
+    """The name of a codebook that holds from any folder and at any time: a full path, a URL, or a commit on the hub."""
+    name = os.fspath(source)
+    if hub.has_prefix(name):
+        return hub.pin(name, hub.fetch(name, "codebook", [f"{STORED}/*"]))
+    return name if "://" in name else str(Path(name).resolve())
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

@@ -1,13 +1,17 @@
 """Plan: a strategy and a schedule for a model on a device, with what they cost and change."""
 
 import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from vwt import hub
 from vwt.codebook.codebook import Codebook
 from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief, first_line
@@ -18,8 +22,12 @@ from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
+from vwt.tuning.sharing import PATTERNS, make_card, pack_codebooks, unpack_codebook
 
 VERSION = 1
+
+
+SHARED = (".html", ".pdf", ".png", ".svg")  # what may go with a plan to the hub
 
 
 @dataclass(frozen=True)
@@ -176,11 +184,14 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
-        """Read what `save` wrote.
+        """Read what `save` wrote, or, of `hf-hub:user/name` or `local-dir:FOLDER`, what `push_to_hub` did.
 
         Raises:
             DocumentError: if the file is missing, cut short, or no plan.
+            HubError: see `from_pretrained`.
         """
+        if hub.has_prefix(os.fspath(path)):
+            return cls.from_pretrained(path)
         own = load_document(path, "plan", VERSION, [field.name for field in fields(cls)])
         if not is_machine(own["machine"]):
             raise DocumentError(f"{path} does not say where it was tuned; tune again")
@@ -195,6 +206,74 @@ class Plan:
             "front": [Point.from_json(row, str(path)) for row in own["front"]],
         }
         return cls(**own | points)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> "Plan":
+        """Download a plan and its codebooks from the Hugging Face hub, or take them from the cache.
+
+        Args:
+            source: `user/name` or `hf-hub:user/name`, either with `@revision` behind it; or the folder of such a
+                repository, with or without `local-dir:`.
+            revision: a branch, tag or commit.
+
+        Raises:
+            HubError: if there is none, it is private, or out of reach and not in the cache.
+            DocumentError: if it is damaged.
+        """
+        folder = hub.fetch(os.fspath(source), "plan", PATTERNS, revision)
+        plan = cls.load(folder / "plan.json")
+        return plan._with_strategies([unpack_codebook(point.strategy, folder) for point in plan._points])
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        profile: LatencyProfile | None = None,
+        files: Sequence[str | os.PathLike[str]] = (),
+        private: bool | None = None,
+    ) -> str:
+        """Upload to the Hugging Face hub, with its codebooks and a model card of its figures.
+
+        Args:
+            repository: `user/name`; made if there is none.
+            profile: of the same model and machine, to go with it.
+            files: a report or pictures, to go with it; pictures are shown on the card.
+            private: whether a new repository is; by default as the account has it.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: if the hub refuses, or is out of reach.
+            CodebookError: if a codebook of the plan cannot be read.
+            ArgumentError: if a file is missing, or no report or picture.
+        """
+        name, paths = repository.removeprefix(hub.HUB), [Path(file) for file in files]
+        if others := [str(path) for path in paths if not path.is_file() or path.suffix.lower() not in SHARED]:
+            raise ArgumentError(f"no report or picture: {', '.join(others)}; expected files with {', '.join(SHARED)}")
+        goal = {f"goal: {what}": value for what, value in self.goal.items()}
+        facts = {"batch": self.batch_size, "dtype": self.dtype, **goal}
+        pictures = [path.name for path in paths if path.suffix.lower() in (".png", ".svg")]
+        with tempfile.TemporaryDirectory(prefix="vwt-hub-") as scratch:
+            folder = Path(scratch)
+            packed = self._with_strategies(pack_codebooks([point.strategy for point in self._points], folder))
+            packed.save(folder / "plan.json")
+            if profile is not None:
+                profile.save(folder / "profile.json")
+            for path in paths:
+                shutil.copyfile(path, folder / path.name)
+            card = make_card(name, self.model, self.machine, facts, str(packed), pictures)
+            return hub.push(folder, name, "plan", card, private)
+
+    @property
+    def _points(self) -> list[Point]:
+        return [self.chosen, *self.front]
+
+    def _with_strategies(self, strategies: Sequence[dict[str, Any] | None]) -> "Plan":
+        """The same plan, with other strategies of the chosen point and of the front."""
+        points = zip(self._points, strategies, strict=True)
+        chosen, *front = (replace(point, strategy=made) for point, made in points)
+        return replace(self, chosen=chosen, front=front)
 
 
 def _is_strategy(made: Any) -> bool:

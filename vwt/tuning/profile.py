@@ -18,6 +18,7 @@ import torch
 from sklearn.linear_model import LinearRegression
 from torch import nn
 
+from vwt import hub
 from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief
 from vwt.measure.environment import describe_machine, is_machine, other_threads
@@ -248,9 +249,15 @@ class LatencyProfile:
     def load(cls, path: str | os.PathLike[str]) -> "LatencyProfile":
         """Read what `save` wrote; warns where it was measured on another machine, or with other versions.
 
+        Args:
+            path: the file; or `hf-hub:user/name` or `local-dir:FOLDER`, for the profile of a plan that was pushed.
+
         Raises:
             DocumentError: if the file is missing, cut short, or no profile.
+            HubError: see `vwt.Plan.from_pretrained`.
         """
+        if hub.has_prefix(os.fspath(path)):
+            path = hub.fetch(os.fspath(path), "plan", ["profile.json"]) / "profile.json"
         own = load_document(path, "profile", VERSION, [field.name for field in fields(cls)])
         profile = cls.from_fields(own, str(path))
         if others := [what for what in profile.elsewhere() if not what.startswith("threads ")]:

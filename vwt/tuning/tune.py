@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vwt.codebook.codebook import pin
 from vwt.errors import ArgumentError
 from vwt.measure.timing import Calls, interleave, measure_latency, on_batches
 from vwt.models.backbone import Backbone
@@ -68,7 +69,7 @@ def tune(
         agreement: least share of the images, in (0, 1], whose top-1 class must be the full model's; alone, or with a
             budget.
         batch_size: images at a time.
-        codebooks: paths, to try inter-image words too.
+        codebooks: paths, URLs or `hf-hub:user/name`, to try inter-image words too.
         seed: of the draw and of the order of measurements.
         notes: a file that keeps what was measured, with which an interrupted call goes on; removed in the end.
         progress: show progress bars.
@@ -127,7 +128,7 @@ def _strategies(codebooks: Sequence[str | os.PathLike[str]], grid: tuple[int, in
         {"name": "Neighbours", "drop": drop} for drop in DROPS if Neighbours(drop).can_drop(grid)
     ]
     for path in codebooks:
-        full = str(Path(path).resolve())
+        full = pin(path)
         made += [{"name": "InterImage", "codebook": full, "threshold": threshold} for threshold in THRESHOLDS]
     return {describe(how): how for how in made}
 
