@@ -12,7 +12,11 @@ MUTATIONS ?= 10000
 SEED := $(or $(SEED),$(shell date +%s))
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: setup demo test test-all test-random test-oldest fuzz lint types docs clean
+# What `make bench-quick` runs; its time does not depend on weights.
+MODEL ?= vit_tiny_patch16_224
+IMAGES ?= ../shared/data/eval
+
+.PHONY: setup demo test test-all test-random test-oldest fuzz lint types docs bench-quick clean
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with vwt and all that its tests need
 define install
@@ -76,6 +80,11 @@ docs: $(DOCS_READY)
 	rm -rf docs/_build docs/api
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
+
+# A row for each runtime and precision that is installed, in under five minutes on two cores.
+bench-quick: $(READY)
+	$(BIN)/python benchmarks/latency.py --model $(MODEL) --random-weights --data $(IMAGES) --images 5 --runs 6 --quiet \
+		--runtime all
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo docs/_build docs/api

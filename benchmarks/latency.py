@@ -4,6 +4,7 @@
     python benchmarks/latency.py --model MODEL --only ToMe "Absorb(80)" schedule
     python benchmarks/latency.py --model MODEL --matching [--words 1000 pixel:10000 ...]
     python benchmarks/latency.py --model MODEL --scaling
+    python benchmarks/latency.py --model MODEL --runtime all
 
 Protocol: images are drawn with a seed and put into batches. Every variant (see `variants.py`) runs on every batch, in
 turn in one process, after a warm-up on several batches; the order of the variants is drawn anew for each batch and run.
@@ -17,7 +18,8 @@ the mean over images and blocks of what enters.
 
 --matching times finding the words of real patches alone, by brute force and as the strategy does it, and compares the
 answers on all images. --scaling shows how time grows with images in a batch, with words, and with resolution; the
-exponent is the slope in logarithms, 1 is linear.
+exponent is the slope in logarithms, 1 is linear. --runtime has a row for each runtime and precision (see
+`runtimes.py`), each in a process of its own, with its own full model.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from typing import Any
 
 import harness
 import matching
+import runtimes
 import scaling
 import torch
 import torch.nn.functional as F
@@ -53,14 +56,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     harness.add_common(parser)
     parser.add_argument("--matching", action="store_true", help="tables of matching time instead")
     parser.add_argument("--scaling", action="store_true", help="tables over images, words and resolution instead")
+    parser.add_argument(
+        "--runtime", nargs="+", type=runtimes.runtime_and_precisions, metavar="NAME[:PRECISION]",
+        help="a row for each runtime and precision instead; all, or some",
+    )  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=positive, default=[224, 384, 512], help="pixels, for --scaling")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
-    if arguments.plot and (arguments.matching or arguments.scaling):
-        raise ArgumentError("--plot draws the table of latency; leave out --matching and --scaling")
-    bench = Bench.open(arguments, scaling.WORDS if arguments.matching or arguments.scaling else WORDS)
+    if arguments.plot and (arguments.matching or arguments.scaling or arguments.runtime):
+        raise ArgumentError("--plot draws the table of latency; leave out --matching, --scaling and --runtime")
+    if arguments.runtime and (arguments.torchcompile or arguments.precision != "float32"):
+        raise ArgumentError("--runtime names precisions itself, and compile; leave out --precision and --torchcompile")
+    other = scaling.WORDS if arguments.matching or arguments.scaling else []
+    bench = Bench.open(arguments, WORDS if not (other or arguments.runtime) else other)
     batches = bench.batches()
     title = f"{arguments.model}, {arguments.images} images of {arguments.data}, batches of {arguments.batch_size}"
     print(f"{bench.header['hardware']}\n{title}")
@@ -70,6 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
         print_table("Matching, milliseconds a batch", tables["matching"], matching.COLUMNS)
     if arguments.scaling:
         tables |= scaling.measure(bench, measure, COLUMNS)
+    if arguments.runtime:
+        tables["runtimes"] = runtimes.measure(bench)
+        print_table("Runtimes, ratios to the full model in the same one", tables["runtimes"], runtimes.COLUMNS)
     if not tables:
         tables["latency"] = measure(bench, choose(registry(bench), arguments.only), batches)
         print_table("Latency, milliseconds a batch", tables["latency"], COLUMNS)

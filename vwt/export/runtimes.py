@@ -86,8 +86,26 @@ def run_in(runtime: str, precision: str, model: nn.Module, example: Tensor) -> R
         ArgumentError: if the runtime is unknown, not installed, or cannot hold this model or precision.
     """
     check_runtime(runtime, precision, example.device)
-    # OpenVINO computes in bfloat16 what is written in float32.
-    answer = Answer(model, "float32" if runtime == "openvino" else precision)
+    return run_module(runtime, precision, Answer(model, written_in(runtime, precision)), example)
+
+
+def written_in(runtime: str, precision: str) -> str:
+    """The precision of the weights: OpenVINO computes in bfloat16 what is written in float32."""
+    return "float32" if runtime == "openvino" else precision
+
+
+def run_module(runtime: str, precision: str, answer: nn.Module, example: Tensor) -> Run:
+    """As `run_in`, of any module from images (B, C, H, W) float32 to an answer (B, D) float32.
+
+    Args:
+        runtime: see `run_in`.
+        precision: see `run_in`; the module itself is `written_in` it.
+        answer: what runs, see `Answer`.
+        example: see `run_in`.
+
+    Raises:
+        ArgumentError: if the runtime cannot hold it.
+    """
     if runtime == "torch":
         return answer
     if runtime == "compile":
