@@ -33,9 +33,10 @@ from results import Row, print_table, results_paths, save_results
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
-from vwt.codebook.building import BuildConfig, run_build
+from vwt.codebook.building import run_build
 from vwt.codebook.clustering import kmeans
-from vwt.codebook.features import FeatureStream
+from vwt.codebook.config import BuildConfig
+from vwt.codebook.features import FeatureStream, Unreadable
 from vwt.codebook.matching import nearest_words
 from vwt.datasets import ImageSource
 from vwt.measure.environment import hardware
@@ -99,8 +100,10 @@ def measure_clustering(arguments: argparse.Namespace, model: nn.Module) -> list[
     """Seconds and mean distance of both clusterings, on all patches in memory."""
     source, words = ImageSource(arguments.data, model), arguments.words
     spec, iterations = PatchSpec.of(model), BuildConfig(words=words).iterations
-    stream = FeatureStream(source, model, spec, arguments.space, workers=1, strict=False, progress=False)
-    patches = torch.cat([features.flatten(0, 1) for _, features in stream.batches("", 0)])
+    stream = FeatureStream(source, model, spec, arguments.space, workers=1, strict=False)
+    parts = [made for _, made in stream.images("features", torch.clone) if not isinstance(made, Unreadable)]
+    patches = torch.cat(parts)
+    patches = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))]
     rows: list[Row] = []
     for metric in ("euclidean", "cosine"):
         spherical = metric == "cosine"

@@ -15,7 +15,7 @@ from tests.codebook.test_codebook import Trap, bytes_of
 from tests.test_datasets import write_images
 from vwt import LatencyProfile, Plan, PruningSchedule
 from vwt.cli import COMMANDS, main
-from vwt.codebook.building import BuildConfig, BuildReport
+from vwt.codebook.config import BuildConfig, BuildReport
 from vwt.commands import OPTIONS, build_summary, read_strategy
 from vwt.tuning import tune as tuning
 
@@ -192,7 +192,7 @@ def test_interrupt_is_one_line_with_the_way_on(capsys, monkeypatch):
 
 def test_interrupted_build_goes_on_only_with_resume(capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("vwt.codebook.building._count_batch", interrupted)
+        patch.setattr("vwt.codebook.passes.CountPass.result", interrupted)
         assert run(capsys, command(PIXEL))[0] == 130
     assert "go on with --resume, or drop it with --overwrite" in one_line(*run(capsys, command(PIXEL)))
     assert run(capsys, command(PIXEL, "images", "--resume"))[0] == 0

@@ -24,12 +24,11 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "build_codebook.py"
 # a child survives. One process forks them all, since importing torch takes seconds.
 DRIVER = """
 import itertools, json, multiprocessing, os, pkgutil, runpy, signal, sys
-import PIL.Image, torch, vwt.codebook.building, vwt.codebook.features
+import PIL.Image, torch, vwt.codebook.building, vwt.codebook.passes, vwt.codebook.store
 
 PIL.Image.init()  # what would be slow in every child
 torch.zeros(1).erfinv_()
-vwt.codebook.features._BATCH = 4
-vwt.codebook.building._SAVE_EVERY = 0.0
+vwt.codebook.building.SHARD_IMAGES = 4
 vwt.codebook.building._PATCHES_PER_WORD = (2, 8)
 
 def run(script, arguments, target, calls):
@@ -62,9 +61,10 @@ WEIGHTS = ["--checkpoint", "weights.safetensors"]
 # What is built, and at each of whose calls it is killed.
 JOBS = {
     "at any rename": (WEIGHTS, "os.replace"),
-    "while sampling": (WEIGHTS, "vwt.codebook.building.reservoir_slots"),
+    "while sampling": (WEIGHTS, "vwt.codebook.passes:SamplePass.result"),
+    "while a shard's result is put in its place": (WEIGHTS, "vwt.codebook.store:ShardStore.write"),
     "while making the sample's file": (WEIGHTS, "os.posix_fallocate"),
-    "while counting": (WEIGHTS, "vwt.codebook.building._count_batch"),
+    "while counting": (WEIGHTS, "vwt.codebook.passes:CountPass.result"),
     "while saving the codebook": (WEIGHTS, "vwt.codebook.codebook._checksum"),
     "while clustering a stream": ([*WEIGHTS, "--backend", "sklearn"], "vwt.codebook.clustering:StreamingKMeans.add"),
     "after clustering a stream": ([*WEIGHTS, "--backend", "sklearn"], "os.replace"),
@@ -99,7 +99,7 @@ def killed(request, tmp_path_factory):
 def test_killed_build_resumes_to_the_very_bytes(killed, monkeypatch, capsys):
     job, folder, (*deaths, last) = killed
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("vwt.codebook.features._BATCH", 4)
+    monkeypatch.setattr("vwt.codebook.building.SHARD_IMAGES", 4)
     monkeypatch.setattr("vwt.codebook.building._PATCHES_PER_WORD", (2, 8))
     assert set(deaths) == {-signal.SIGKILL}
     assert last == 0

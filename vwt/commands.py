@@ -9,8 +9,10 @@ import timm
 import torch
 from torch import nn
 
-from vwt.codebook.building import BACKENDS, BuildConfig, BuildReport, run_build
+from vwt.codebook.building import run_build
 from vwt.codebook.codebook import Codebook
+from vwt.codebook.config import BACKENDS, BuildConfig, BuildReport
+from vwt.codebook.engine import ENGINES, Engine
 from vwt.datasets import ImageSource, check_source, read_image
 from vwt.documents import check_writable
 from vwt.energy.meter import environment_report
@@ -53,6 +55,13 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--split", default=default.split, help="split of the data set")
     build.add_argument("--data-dir", help="where named data sets are cached")
     build.add_argument("--workers", type=int, help="processes that decode images; by default half the processors")
+    build.add_argument("--engine", choices=ENGINES, default="local", help="who works on the images, shard by shard")
+    build.add_argument(
+        "--num-workers", type=int, help="of the engine; by default this process, or all processors of the Ray cluster"
+    )
+    build.add_argument("--address", help="of a Ray cluster; by default the one on this machine, or a new one")
+    build.add_argument("--gpus-per-worker", type=float, default=0.0, help="that each worker of Ray takes")
+    build.add_argument("--work", metavar="URL", help="folder that all workers reach; by default beside OUT")
     build.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     build.add_argument("--resume", action="store_true", help="go on with an interrupted build")
     build.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
@@ -71,6 +80,7 @@ def _build(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         split=arguments.split,
     )
+    engine = Engine(arguments.engine, arguments.num_workers, arguments.address, arguments.gpus_per_worker)
     # All that is wrong is said before weights are fetched.
     if not arguments.out.endswith((".zarr", ".zarr.zip")):
         raise CodebookError(f"cannot write a codebook to {arguments.out}; expected NAME.zarr or NAME.zarr.zip")
@@ -91,6 +101,8 @@ def _build(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         progress=not arguments.quiet,
+        engine=engine,
+        work=arguments.work,
     )
     print(build_summary(report, config))
     print(f"{arguments.out}")

@@ -5,7 +5,7 @@ import itertools
 import numbers
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,16 +92,25 @@ class ImageSource:
         names = ("class_to_idx", "class_name_to_idx")
         return dict(next((found for name in names if (found := getattr(reader, name, None))), {}))
 
+    @property
+    def has_names(self) -> bool:
+        """Whether names of images cost nothing: in folders and tar files."""
+        return hasattr(getattr(self.dataset, "reader", None), "samples")
+
+    def key(self, index: int) -> str:
+        """What an image is known by, wherever it comes in the order: its path in the data set, or its index."""
+        return str(self.dataset.reader.filename(index)).replace(os.sep, "/") if self.has_names else str(index)
+
     def fingerprint(self) -> str:
         """Checksum of the images' names in order, which identifies the data set to a resumed build; not of pixels."""
         digest = hashlib.sha256(f"{self.name}\n{len(self)}".encode())
-        if hasattr(getattr(self.dataset, "reader", None), "samples"):  # names of folders and tar files are known
+        if self.has_names:
             for filename in self.dataset.reader.filenames():
                 digest.update(f"\n{filename}".encode())
         return digest.hexdigest()
 
     def batches(
-        self, batch_size: int, *, start: int = 0, workers: int = 0, chosen: Sequence[int] | None = None
+        self, batch_size: int, *, start: int = 0, workers: int = 0, chosen: Iterable[int] | None = None
     ) -> Iterator[Batch]:
         """Yield images in order, decoded in `workers` processes.
 
@@ -109,10 +118,10 @@ class ImageSource:
             batch_size: images at a time.
             start: index of the first.
             workers: number of processes, 0 for none.
-            chosen: ascending indices, instead of all from `start` on; of a stream, the first so many images.
+            chosen: ascending indices, instead of all from `start` on; of a stream, as many images from there on.
         """
         if isinstance(self.dataset, IterableDataset):
-            yield from self._stream(batch_size, start, None if chosen is None else start + len(chosen))
+            yield from self._stream(batch_size, start, None if chosen is None else start + len(list(chosen)))
             return
         loader = DataLoader(
             _Decoded(self.dataset, self.transform, self.mode),

@@ -13,7 +13,9 @@ import vwt
 from tests.codebook.test_codebook import assert_same, bytes_of
 from tests.test_datasets import write_images
 from vwt.codebook import building
-from vwt.codebook.building import BuildConfig, first_of_twins, run_build
+from vwt.codebook.building import first_of_twins, run_build
+from vwt.codebook.config import BuildConfig
+from vwt.codebook.passes import RESOLUTION, CountPass
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, CodebookError, DataError, ModelError, VWTError
 from vwt.models.spec import PatchSpec
@@ -74,19 +76,18 @@ def nearest(features, words):
 
 
 def interrupt(monkeypatch, *arguments, calls=2, **options):
-    """Begin a build of three batches, and leave it in the second pass."""
-    count, left = building._count_batch, [calls]
+    """Begin a build of three shards, and leave it in the second pass."""
+    result, left = CountPass.result, [calls]
 
     def interrupted(*arguments):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return count(*arguments)
+        return result(*arguments)
 
-    monkeypatch.setattr("vwt.codebook.features._BATCH", 4)
-    monkeypatch.setattr("vwt.codebook.building._SAVE_EVERY", 0.0)
+    monkeypatch.setattr("vwt.codebook.building.SHARD_IMAGES", 4)
     with monkeypatch.context() as patch:
-        patch.setattr("vwt.codebook.building._count_batch", interrupted)
+        patch.setattr(CountPass, "result", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(*arguments, **options)
 
@@ -106,7 +107,7 @@ def test_counts_are_those_of_a_recount(images, small_vit, kind):
     assert report.distance == pytest.approx(float((1 - similarity).mean()), abs=1e-5)
     assert report.matched == pytest.approx(float((similarity >= 0.8).double().mean()), abs=1e-3)
     assert (report.empty, report.effective) == (int((codebook.counts == 0).sum()), 16 - report.empty)
-    assert {"decode", "features", "cluster", "count"} <= report.seconds.keys()
+    assert {"decode", "cluster", "count"} <= report.seconds.keys()
 
 
 @kinds
@@ -239,11 +240,12 @@ def test_patches_of_twins_count_to_the_first():
     signs = torch.ones(64)
     signs[1::2] = -1
     split = F.normalize(torch.stack([1 + signs / 1024, 1 - signs / 1024, -torch.ones(64)]), dim=-1)
-    sums = {name: torch.zeros(3, dtype=torch.int64) for name in ("counts", "document_counts")}
-    sums |= {name: torch.zeros(3, dtype=torch.float64) for name in ("projections", "totals")}
-    building._count_batch(split[None, [0, 1, 1, 2]], split, first_of_twins(split), 0.1, sums)
-    assert sums["counts"].tolist() == [3, 0, 1]
-    assert sums["document_counts"].tolist() == [1, 0, 1]
+    work = CountPass("count", None, None, 1, 4, directions=split, counted_as=first_of_twins(split), threshold=0.1)
+    arrays, values = work.result([(0, work.each(2 * split[[0, 1, 1, 2]]))])
+    assert arrays["counts"].tolist() == [3, 0, 1]
+    assert arrays["document_counts"].tolist() == [1, 0, 1]
+    assert (arrays["projections"] * RESOLUTION).tolist() == pytest.approx([6, 0, 2], abs=1e-5)
+    assert values == {"distance": pytest.approx(0, abs=2), "matched": 4}
 
 
 @pytest.fixture
@@ -447,9 +449,8 @@ def unlink(path):
     [
         ("build.json", halve),
         ("build.json", unlink),
-        ("first_pass.json", halve),
         ("centres.safetensors", halve),
-        ("counts.safetensors", halve),
+        ("sample.json", halve),
         ("sample.f32", halve),
         ("sample.f32", unlink),
     ],
@@ -459,21 +460,39 @@ def test_damaged_folder_of_a_build_is_refused(images, small_vit, tmp_path, monke
     folder = tmp_path / "w.zarr.building"
     interrupt(monkeypatch, images, small_vit, tmp_path / "w.zarr", calls=3)
     damage(folder / name)
-    if name == "sample.f32":  # which is read until the centres are known
-        (folder / "centres.safetensors").unlink()
     with pytest.raises(CodebookError, match=r"\A.*w.zarr.building.*damaged; begin anew with --overwrite\Z"):
         build(images, small_vit, tmp_path / "w.zarr", resume=True)
     build(images, small_vit, tmp_path / "w.zarr", overwrite=True)
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("lost", ["centres.safetensors", "counts.safetensors"])
+@pytest.mark.parametrize("lost", ["centres.safetensors", "sample.json", "shards/count/0000000.safetensors"])
 def test_lost_state_is_made_anew(images, small_vit, tmp_path, monkeypatch, lost):
     interrupt(monkeypatch, images, small_vit, tmp_path / "w.zarr", calls=3)
     (tmp_path / "w.zarr.building" / lost).unlink()
     build(images, small_vit, tmp_path / "w.zarr", resume=True)
     build(images, small_vit, tmp_path / "whole.zarr")
     assert bytes_of(tmp_path / "w.zarr") == bytes_of(tmp_path / "whole.zarr")
+
+
+def test_damaged_result_of_a_shard_is_made_anew(images, small_vit, tmp_path, monkeypatch):
+    interrupt(monkeypatch, images, small_vit, tmp_path / "w.zarr", calls=3)
+    halve(tmp_path / "w.zarr.building" / "shards" / "count" / "0000001.safetensors")
+    with pytest.raises(CodebookError, match=r"0000001.safetensors was damaged, and is removed; go on with --resume"):
+        build(images, small_vit, tmp_path / "w.zarr", resume=True)
+    build(images, small_vit, tmp_path / "w.zarr", resume=True)
+    build(images, small_vit, tmp_path / "whole.zarr")
+    assert bytes_of(tmp_path / "w.zarr") == bytes_of(tmp_path / "whole.zarr")
+
+
+def test_interrupted_build_of_the_former_format_is_refused(images, small_vit, tmp_path):
+    folder = tmp_path / "w.zarr.building"
+    folder.mkdir()
+    (folder / "build.json").write_text('{"what": {"words": 16}, "date": "2026-01-01"}')
+    (folder / "first_pass.json").write_text('{"next": 4, "patches": 400, "shape": [400, 64], "skipped": []}')
+    with pytest.raises(CodebookError, match=r"\A.*another version of vwt.*; begin anew with --overwrite\Z"):
+        build(images, small_vit, tmp_path / "w.zarr", resume=True)
+    build(images, small_vit, tmp_path / "w.zarr", overwrite=True)
 
 
 def test_folder_that_was_moved_goes_on_where_it_is(images, small_vit, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vwt.codebook.clustering import StreamingKMeans, kmeans, reservoir_slots
+from vwt.codebook.clustering import StreamingKMeans, kmeans
 
 
 def blobs(count: int = 4, width: int = 8, members: int = 100) -> tuple[np.ndarray, np.ndarray]:
@@ -17,48 +17,6 @@ def blobs(count: int = 4, width: int = 8, members: int = 100) -> tuple[np.ndarra
 
 def cluster(sample, words=4, iterations=8, spherical=True, seed=0, **options):
     return kmeans(sample, words, iterations=iterations, spherical=spherical, seed=seed, **options)
-
-
-def fill(sample: np.ndarray, parts: list[int], first: int = 0) -> None:
-    """Write a stream of the numbers 0, 1, ... into a sample, in parts that each have a generator of their own."""
-    start = 0
-    for index, count in enumerate(parts):
-        if index >= first:
-            slots = reservoir_slots(start, count, len(sample), np.random.default_rng((7, index)))
-            sample[slots[slots >= 0]] = np.arange(start, start + count)[slots >= 0]
-        start += count
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.integers(1, 30), st.data())
-def test_replaying_the_end_of_a_stream_changes_nothing(parts, size, data):
-    sample = np.full(size, -1)
-    fill(sample, parts)
-    before = sample.copy()
-    fill(sample, parts, first=data.draw(st.integers(0, len(parts))))
-    assert (sample == before).all()
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=10), st.integers(1, 30))
-def test_sample_holds_distinct_items_and_all_of_a_short_stream(parts, size):
-    sample = np.full(size, -1)
-    fill(sample, parts)
-    held = min(sum(parts), size)
-    assert len(set(sample[:held])) == held
-    assert 0 <= sample[:held].min() <= sample[:held].max() < sum(parts)
-    assert (sample[held:] == -1).all()
-
-
-def test_every_item_is_sampled_equally_often():
-    size, items, trials = 5, 20, 4000
-    taken = np.zeros(items)
-    for trial in range(trials):
-        rng, sample = np.random.default_rng(trial), np.full(size, -1)
-        for start in range(0, items, 4):
-            slots = reservoir_slots(start, 4, size, rng)
-            sample[slots[slots >= 0]] = np.arange(start, start + 4)[slots >= 0]
-        taken[sample] += 1
-    share = size / items
-    assert np.abs(taken / trials - share).max() < 5 * np.sqrt(share * (1 - share) / trials)  # five sigma
 
 
 @pytest.mark.parametrize("spherical", [True, False])

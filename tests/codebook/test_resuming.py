@@ -1,12 +1,14 @@
 import errno
 import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from vwt.codebook.resuming import SavedTensors, open_sample, read_json, work_folder
+from vwt.codebook.resuming import SavedTensors, make_matrix, open_matrix, read_json, work_folder
 from vwt.documents import write_json
 from vwt.errors import CodebookError
 
@@ -73,7 +75,7 @@ def test_folder_that_cannot_be_made(tmp_path):
     [
         lambda folder: write_json(folder / "state.json", ["new"] * 100),
         lambda folder: SavedTensors(folder / "state.safetensors").save({"new": torch.ones(100)}, {}),
-        lambda folder: open_sample(folder / "sample.f32", (10, 10)),
+        lambda folder: make_matrix(folder / "sample.f32", (10, 10)),
     ],
     ids=["json", "tensors", "sample"],
 )
@@ -131,7 +133,30 @@ def test_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_sample_is_as_it_was_left(tmp_path):
     path = tmp_path / "sample.f32"
-    open_sample(path, (3, 2))[1] = 7
-    assert (open_sample(path, (3, 2), begun=True) == np.float32([[0, 0], [7, 7], [0, 0]])).all()
+    make_matrix(path, (3, 2))[1] = 7
+    assert (open_matrix(path, (3, 2)) == np.float32([[0, 0], [7, 7], [0, 0]])).all()
     with pytest.raises(CodebookError, match=r"sample.f32 .*damaged"):
-        open_sample(path, (4, 2), begun=True)
+        open_matrix(path, (4, 2))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vwt.codebook.resuming import work_folder
+with work_folder(Path(sys.argv[1]), resume=True, overwrite=False):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_build_is_told_who_holds_the_folder_until_that_one_dies(tmp_path):
+    target = tmp_path / "w.zarr"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(target)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(CodebookError, match=rf"\A.*w.zarr.building is held by process {other.pid} on .*\Z"):
+                begin(target, **options).__enter__()
+        other.kill()
+    with begin(target):  # nothing was built there
+        pass
+    assert os.listdir(tmp_path) == []

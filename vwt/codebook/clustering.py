@@ -10,27 +10,6 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 
-def reservoir_slots(first: int, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Where a stream's items go in a uniform sample of `size` (Algorithm R; Vitter 1985).
-
-    Args:
-        first: index of the first item in the stream.
-        count: number of items.
-        size: places in the sample.
-        rng: drawn from once for each item beyond `size`.
-
-    Returns:
-        (count,) int64 places in order; -1 where the item is not taken. A later item replaces an earlier one in its
-        place, so that writing the same items again changes nothing.
-    """
-    index = np.arange(first, first + count)
-    slots = index.copy()
-    late = index >= size
-    slots[late] = rng.integers(0, index[late] + 1)
-    slots[slots >= size] = -1
-    return slots
-
-
 def kmeans(
     sample: np.ndarray,
     words: int,
@@ -48,7 +27,7 @@ def kmeans(
     (`subset_sizes`). That ends closer to the patches than as much time spent on all of them.
 
     Args:
-        sample: of unit rows if `spherical`.
+        sample: in random order, so that each beginning of it is a sample too; of unit rows if `spherical`.
         words: K.
         iterations: of Lloyd's algorithm, in all.
         spherical: centres of unit length, for cosine distance.
@@ -57,12 +36,7 @@ def kmeans(
         centres: (K, D) to go on from.
         after: called after each iteration with their number so far and the centres.
     """
-    order = np.random.default_rng(seed).permutation(len(sample))
-    subset = sample[:0]
     for iteration, size in list(enumerate(subset_sizes(len(sample), words, iterations)))[done:]:
-        if size != len(subset):
-            del subset  # before the next one is made
-            subset = sample if size == len(sample) else sample[np.sort(order[:size])]
         step = faiss.Kmeans(
             sample.shape[1],
             words,
@@ -72,7 +46,7 @@ def kmeans(
             min_points_per_centroid=1,
             max_points_per_centroid=size,
         )
-        step.train(subset, init_centroids=centres)
+        step.train(sample[:size], init_centroids=centres)
         centres = np.asarray(step.centroids)
         after(iteration + 1, centres)
     assert centres is not None  # iterations > done

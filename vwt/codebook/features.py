@@ -1,11 +1,12 @@
-"""A stream of images to a stream of features, in pixel or embedding space."""
+"""A stream of images to the features of their patches, in pixel or embedding space."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vwt.datasets import Batch, ImageSource
 from vwt.errors import DataError
@@ -15,9 +16,21 @@ from vwt.tokens.patches import Space, normalise, patchify
 
 _BATCH = 4  # images; larger ones are no faster, and leave holes in the heap that make memory grow
 
+T = TypeVar("T")
+
+
+class Unreadable(NamedTuple):
+    """An image that cannot be read, and why."""
+
+    name: str
+    reason: str
+
 
 class FeatureStream:
-    """The features of a data set's patches, batch by batch.
+    """The features of a data set's patches, image by image.
+
+    Each image is computed by itself, in one thread, so that its features depend neither on its batch mates nor on the
+    number of threads; threads share the images of a batch.
 
     Args:
         source: the images.
@@ -26,79 +39,89 @@ class FeatureStream:
         space: "pixel" or "embedding".
         workers: processes that decode images.
         strict: stop at the first image that cannot be read, instead of skipping it.
-        progress: show a progress bar for each pass.
 
     Attributes:
-        skipped: (name, reason) of the images that could not be read so far, by index.
         timed: a stopwatch; "decode" is the time spent waiting for images.
     """
 
     def __init__(
-        self,
-        source: ImageSource,
-        model: nn.Module,
-        spec: PatchSpec,
-        space: Space,
-        *,
-        workers: int,
-        strict: bool,
-        progress: bool,
+        self, source: ImageSource, model: nn.Module, spec: PatchSpec, space: Space, *, workers: int, strict: bool
     ) -> None:
-        self.source, self.spec, self.space = source, spec, space
-        self.workers, self.strict, self.progress = workers, strict, progress
-        self.skipped: dict[int, tuple[str, str]] = {}
+        self.source, self.family, self.spec, self.space = source, family_of(model), spec, space
+        self.workers, self.strict = workers, strict
         self.timed = Stopwatch()
-        self.family = family_of(model)
         self.mean, self.std = spec.normalisation
         self.device = self.family.projection.weight.device
 
-    def batches(self, name: str, start: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches from image `start` on, with their features (B, N, D) float32; `name` stands at the progress bar."""
-        total = len(self.source) or None
-        bar = tqdm(desc=name, total=total, initial=start, unit="img", disable=not self.progress)
-        batches = self.source.batches(_BATCH, start=start, workers=self.workers)
-        with bar, _half_threads():
+    def to(self, device: torch.device) -> None:
+        """Move the model that this holds, in a process of its own."""
+        self.family.model.to(device)
+        self.device = device
+
+    def shape(self) -> tuple[int, int]:
+        """(N, D): patches an image, and their width."""
+        patches, width = self._features(torch.zeros(self.source.input_size, dtype=torch.uint8)).shape
+        return patches, width
+
+    def images(
+        self, name: str, each: Callable[[Tensor], T], chosen: Iterable[int] | None = None, start: int = 0
+    ) -> Iterator[tuple[int, T | Unreadable]]:
+        """Each image's index with what is made of its features, or that it cannot be read.
+
+        Args:
+            name: of the part of the build, for the stopwatch.
+            each: what is made of an image's features (N, D) float32; called in a thread.
+            chosen: ascending indices; None for all from `start` on.
+            start: likewise.
+        """
+        batches = self.source.batches(_BATCH, start=start, workers=self.workers, chosen=chosen)
+
+        def compute(index: int, image: Tensor) -> T:
+            return each(self._checked(index, image))
+
+        with _threads(1 if self.device.type != "cpu" else _BATCH, half=self.workers > 0) as pool:
             while True:
                 with self.timed("decode"):
                     batch = next(batches, None)
                 if batch is None:
                     return
-                self._note_skipped(batch)
-                if len(batch.images):
-                    with self.timed("features"):
-                        features = self._features(batch)
-                    yield batch, features
-                bar.update(batch.stop - batch.start)
+                with self.timed(name):
+                    made: list[tuple[int, T | Unreadable]] = self._unreadable(batch)
+                    made += zip(batch.indices, pool.map(compute, batch.indices, batch.images), strict=True)
+                yield from sorted(made, key=lambda item: item[0])
 
-    @torch.inference_mode()
-    def _features(self, batch: Batch) -> Tensor:
-        images = normalise(batch.images.to(self.device), self.mean, self.std)
-        if self.space == "embedding":
-            features = self.family.project(images.to(self.family.projection.weight.dtype)).float()
-        else:
-            features = patchify(images, self.spec.patch_size)
-        finite = torch.isfinite(features.sum(dim=(1, 2)))
-        if not finite.all():
-            bad = batch.indices[int(finite.int().argmin())]
+    def _checked(self, index: int, image: Tensor) -> Tensor:
+        features = self._features(image)
+        if not torch.isfinite(features.sum()):
             raise DataError(
-                f"NaN or infinity in the patches of image {bad} of {self.source.source}; "
+                f"NaN or infinity in the patches of image {index} of {self.source.source}; "
                 "are the model's weights finite?"
             )
         return features
 
-    def _note_skipped(self, batch: Batch) -> None:
+    @torch.inference_mode()
+    def _features(self, image: Tensor) -> Tensor:
+        """Features (N, D) float32 of an image (C, H, W) uint8."""
+        images = normalise(image[None].to(self.device), self.mean, self.std)
+        if self.space == "pixel":
+            return patchify(images, self.spec.patch_size)[0]
+        return self.family.project(images.to(self.family.projection.weight.dtype))[0].float()
+
+    def _unreadable(self, batch: Batch) -> list[tuple[int, Any]]:
         for index, name, reason in batch.skipped:
             if self.strict:
                 raise DataError(f"cannot read {name}: {reason} (image {index}; without --strict it is skipped)")
-            self.skipped[index] = (name, reason)
+        return [(index, Unreadable(name, reason)) for index, name, reason in batch.skipped]
 
 
 @contextmanager
-def _half_threads() -> Iterator[None]:
-    """Leave half of the processors to the decoding of images; torch waits for its slowest thread."""
+def _threads(most: int, *, half: bool) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each compute alone, on all processors, or on half of them where the others decode images."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
+    count = max(1, min(most, threads // 2 if half else threads))
+    torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
     finally:
         torch.set_num_threads(threads)

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import shutil
+import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,39 +19,89 @@ from torch import Tensor
 
 from vwt.errors import CodebookError
 
+try:
+    import fcntl
+except ImportError:  # Windows has other locks; builds there are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
 # A failed write, and not a lost connection or a worker that could not be started.
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+
+_LOCK = "lock"
 
 
 @contextmanager
 def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """The folder in which `target` is built; a temporary one without a target.
+    """The folder in which `target` is built, by one process at a time; a temporary one without a target.
 
     Raises:
-        CodebookError: if it holds an interrupted build and neither `resume` nor `overwrite` is given, or the disk
-            refuses.
+        CodebookError: if another process builds there, if it holds an interrupted build and neither `resume` nor
+            `overwrite` is given, or the disk refuses.
     """
     if target is None:
         with tempfile.TemporaryDirectory(prefix="vwt-build-") as scratch:
             yield Path(scratch)
         return
     folder = target.with_name(target.name + ".building")
-    if folder.exists() and not resume:
-        if not overwrite:
-            raise CodebookError(
-                f"{folder} holds an interrupted build; go on with --resume, or drop it with --overwrite"
-            )
-        shutil.rmtree(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        with _locked(folder):
+            begun = [path for path in folder.iterdir() if path.name != _LOCK]
+            if begun and not resume:
+                if not overwrite:
+                    raise CodebookError(
+                        f"{folder} holds an interrupted build; go on with --resume, or drop it with --overwrite"
+                    )
+                for path in begun:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield folder
+            shutil.rmtree(folder)
     except OSError as error:
         if error.errno not in _OF_DISKS:
             raise
         raise CodebookError(
             f"could not write {error.filename or folder}: {error.strerror or error}; make room and go on with --resume"
         ) from error
-    shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if need be, as long as this process lives.
+
+    A record lock is given up by the system when its process dies, and is not inherited by the processes it starts.
+    """
+    path = folder / _LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "a+")  # noqa: SIM115, closed below
+        except FileNotFoundError:  # the build that held it has just removed it
+            continue
+        with file:
+            _lock(file, folder)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                yield
+                return
+
+
+def _lock(file: Any, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror}); see that no other build writes there", stacklevel=2
+            )
+            return
+        file.seek(0)
+        raise CodebookError(
+            f"{folder} is held by {file.read() or 'another process'}, which builds there; wait for it, or choose "
+            "another name"
+        ) from error
 
 
 def read_json(path: Path) -> Any:
@@ -60,19 +112,22 @@ def read_json(path: Path) -> Any:
         raise _damaged(path) from error
 
 
-def open_sample(path: Path, shape: tuple[int, int], *, begun: bool = False) -> np.memmap:
-    """A float32 matrix in a file: as it was left if begun, else made in full size, so that a small disk refuses now."""
+def make_matrix(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """A float32 matrix in a new file, made in full size, so that a small disk refuses now."""
     size = 4 * shape[0] * shape[1]
-    if begun:
-        if not path.exists() or path.stat().st_size != size:
-            raise _damaged(path)
-    else:
-        with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
     return np.memmap(path, np.float32, "r+", 0, shape)
+
+
+def open_matrix(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """What was made with `make_matrix`."""
+    if not path.exists() or path.stat().st_size != 4 * shape[0] * shape[1]:
+        raise _damaged(path)
+    return np.memmap(path, np.float32, "r", 0, shape)
 
 
 class SavedTensors:
@@ -105,7 +160,7 @@ class SavedTensors:
 
 def check_begun(path: Path) -> None:
     """Raise CodebookError if `path`, which is written first, is missing from a folder that holds anything else."""
-    if not path.exists() and any(other.suffix != ".fresh" for other in path.parent.iterdir()):
+    if not path.exists() and any(other.name != _LOCK and other.suffix != ".fresh" for other in path.parent.iterdir()):
         raise _damaged(path)
 
 
