@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -79,37 +81,44 @@ class Engine:
 def _run_processes(work: Work, shards: Sequence[int], workers: int) -> Iterator[Done]:
     """In processes of this machine; those that are lost are replaced."""
     left, failures = list(shards), 0
-    payload = pickle.dumps(work)  # the standard way of torch, through shared memory, leaves it behind when killed
-    while left:
-        pool = ProcessPoolExecutor(min(workers, len(left)), multiprocessing.get_context("spawn"), _begin, (payload,))
-        try:
-            for future in as_completed([pool.submit(_work_on, shard) for shard in left]):
-                done = future.result()
-                left.remove(done.shard)
-                failures = 0
-                yield done
-        except BrokenProcessPool as error:
-            failures += 1
-            if failures == _TRIES:
-                raise CodebookError(
-                    f"workers were lost {_TRIES} times before any finished a shard; is there enough memory? Take fewer "
-                    "with --num-workers, and go on with --resume"
-                ) from error
-            warnings.warn(f"a worker was lost; {len(left)} shards are left and given to new ones", stacklevel=2)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory(prefix="vwt-work-") as scratch:
+        # In a file, since a process is not started before it has read all that its pipe does not hold.
+        shared = Path(scratch, "work")
+        shared.write_bytes(pickle.dumps(work))
+        while left:
+            others = set(multiprocessing.active_children())
+            pool = ProcessPoolExecutor(min(workers, len(left)), multiprocessing.get_context("spawn"), _begin, (shared,))
+            try:
+                for future in as_completed([pool.submit(_work_on, shard) for shard in left]):
+                    done = future.result()
+                    left.remove(done.shard)
+                    failures = 0
+                    yield done
+            except BrokenProcessPool as error:
+                failures += 1
+                if failures == _TRIES:
+                    raise CodebookError(
+                        f"workers were lost {_TRIES} times before any finished a shard; is there enough memory? Take "
+                        "fewer with --num-workers, and go on with --resume"
+                    ) from error
+                warnings.warn(f"a worker was lost; {len(left)} shards are left and given to new ones", stacklevel=2)
+                # The pool does not end a worker that it was just starting, but would wait for it.
+                for child in set(multiprocessing.active_children()) - others:
+                    child.kill()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 _work: Work | None = None
 
 
-def _begin(payload: bytes) -> None:
+def _begin(shared: Path) -> None:
     """Make this process a worker that ends with the one that started it."""
     global _work
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of each
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _work = pickle.loads(payload)
+    _work = pickle.loads(shared.read_bytes())
 
 
 def _end_with_parent() -> None:
