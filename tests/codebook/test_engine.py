@@ -201,13 +201,16 @@ class Failing:
             yield Done(shard, 0, {})
 
 
-@pytest.mark.parametrize("engine", [Engine(), Engine("local", 2), pytest.param(Engine("ray", 1), marks=[needs_ray])])
+@pytest.mark.parametrize(
+    "engine", [Engine(), Engine("local", 2), pytest.param(Engine("ray", 1), marks=[needs_ray, pytest.mark.slow])]
+)
 def test_errors_of_workers_are_those_of_one_process(engine, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     with pytest.raises(DataError, match=r"\Ashard 3 is bad\Z"):
         list(engine.run(Failing(dies=False), [3]))
 
 
+@pytest.mark.slow
 def test_workers_that_die_again_and_again():
     with (
         pytest.warns(UserWarning, match="a worker was lost; 2 shards are left"),
