@@ -78,7 +78,7 @@ def test_order_and_size_of_shards_do_not_matter(tmp_path, monkeypatch, order, im
 
 
 def test_local_processes_give_the_same_bytes(tmp_path):
-    assert build(tmp_path / "w.zarr", "--num-workers", "3") == 0
+    assert build(tmp_path / "w.zarr", "--num-workers", "2") == 0
 
 
 def test_results_on_another_file_system(tmp_path):
@@ -149,13 +149,14 @@ def workers_of(process):
 
 ENGINES = [
     pytest.param(["--num-workers", "2"], id="local"),
-    pytest.param([*RAY, "2"], id="ray", marks=[needs_ray, pytest.mark.slow]),
+    pytest.param([*RAY, "2"], id="ray", marks=needs_ray),
 ]
 
 
 @pytest.mark.usefixtures("many_shards")
 @pytest.mark.parametrize("arguments", ENGINES)
-@pytest.mark.parametrize("name", [pytest.param("sample", marks=pytest.mark.slow), "count"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sample", "count"])
 def test_killed_worker_is_replaced(tmp_path, arguments, name):
     out = tmp_path / "w.zarr"
     with start(out, *arguments) as process:
