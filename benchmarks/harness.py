@@ -15,8 +15,9 @@ from results import Row, results_paths
 from torch import Tensor, nn
 
 from vwt.cli import Parser
-from vwt.codebook.building import BuildConfig, run_build
+from vwt.codebook.building import run_build
 from vwt.codebook.codebook import Codebook
+from vwt.codebook.config import BuildConfig
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError, ModelError, VWTError, first_line
 from vwt.measure.environment import hardware

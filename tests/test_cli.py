@@ -79,7 +79,7 @@ def one_line(status, out, err):
         (PIXEL | {"--out": "absent/w.zarr"}, "images", "cannot write absent/w.zarr: there is no such folder; make it"),
         (PIXEL | {"--model": "vit_of_the_future"}, "images", r"has no model 'vit_of_the_future'; see timm.list_models"),
         (PIXEL | {"--model": "test_vit.of_the_future"}, "images", "test_vit.of_the_future"),
-        (PIXEL | {"--model": "test_resnet"}, "images", "ResNet has no patch embedding"),
+        (PIXEL | {"--model": "test_resnet"}, "images", "ResNet is not supported"),
         (EMBEDDING | {"--checkpoint": "missing.pt"}, "images", "no checkpoint file at missing.pt"),
         (EMBEDDING | {"--checkpoint": "images"}, "images", "no checkpoint file at images"),
         (EMBEDDING | {"--model": "test_vit2"}, "images", "weights.safetensors holds no weights for test_vit2"),
