@@ -1,13 +1,16 @@
 """Where the time and memory of a codebook build go, and how its clustering compares with scikit-learn's.
 
     python benchmarks/building.py ../shared/data/words --model MODEL [--checkpoint FILE] [--space pixel] [--memory]
+        [--engines]
 
-Three tables, of medians over runs in turn:
+Four tables, of medians over runs in turn:
 
 1. Parts of a build: the whole build, and what decoding and clustering alone take; what is left is hidden or small.
 2. Clustering of all patches in memory: faiss as `vwt build` uses it against `MiniBatchKMeans.fit` with its defaults,
    on the same patches, by Euclidean and by cosine distance; `time_ratio` and `distance_change` are to scikit-learn's.
 3. With --memory: peak resident memory of the build on the data set, and on the data set read ten times over.
+4. With --engines: images a second of one and two workers, in processes and on Ray, each image counted in both passes;
+   from what two more times the data set take longer than it alone, so that the start of workers does not count.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from torch import nn
 from vwt.codebook.building import run_build
 from vwt.codebook.clustering import kmeans
 from vwt.codebook.config import BuildConfig
+from vwt.codebook.engine import Engine
 from vwt.codebook.features import FeatureStream, Unreadable
 from vwt.codebook.matching import nearest_words
 from vwt.datasets import ImageSource
@@ -49,6 +53,8 @@ PARTS = {"part": "", "seconds": ".2f", "share": ".2f"}
 CLUSTERING = {
     "metric": "", "backend": "", "seconds": ".2f", "distance": ".4f", "time_ratio": ".2f", "distance_change": "+.4f",
 }  # fmt: skip
+ENGINES = [Engine("local", 1), Engine("local", 2), Engine("ray", 1), Engine("ray", 2)]
+RATES = {"engine": "", "workers": "d", "images_per_second": ".1f", "start": ".1f"}
 MEMORY = {"images": "d", "gigabytes": ".2f", "before": ".2f"}
 
 
@@ -61,6 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--words", type=positive, default=1000)
     parser.add_argument("--space", choices=SPACES, default="embedding")
     parser.add_argument("--memory", action="store_true", help="measure peak memory at 1 and 10 times the images")
+    parser.add_argument("--engines", action="store_true", help="measure images a second of one and two workers")
     parser.add_argument("--results-file", type=Path, metavar="NAME", help="writes NAME.json and NAME.csv")
     parser.add_argument("--peak-of", nargs=2, metavar=("COPIES", "OUT"), help=argparse.SUPPRESS)
 
@@ -79,6 +86,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.memory:
         tables["memory"] = [measure_memory(arguments, copies) for copies in (1, 10)]
         print_table("Peak memory, and that before the build", tables["memory"], MEMORY)
+    if arguments.engines:
+        tables["engines"] = measure_engines(arguments, model)
+        print_table("Images a second, and seconds that do not grow with images", tables["engines"], RATES)
     save_results(paths, {"hardware": line, "arguments": vars(arguments)}, tables)
 
 
@@ -124,6 +134,33 @@ def measure_clustering(arguments: argparse.Namespace, model: nn.Module) -> list[
     return rows
 
 
+def measure_engines(arguments: argparse.Namespace, model: nn.Module) -> list[Row]:
+    """Images a second of each of `ENGINES`, and the seconds that a build of no images would take."""
+    config = BuildConfig(words=arguments.words, space=arguments.space)
+    found: dict[Engine, list[tuple[float, float]]] = {engine: [] for engine in ENGINES}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [link_copies(arguments.data, Path(scratch, str(copies)), copies) for copies in (1, 3)]
+        for _ in range(RUNS):
+            for engine, runs in found.items():
+                build = partial(run_build, model=model, config=config, workers=0, progress=False, engine=engine)
+                (few, (_, report)), (many, _) = [timed(partial(build, folder)) for folder in folders]
+                rate = 4 * report.images / (many - few)
+                runs.append((rate, few - 2 * report.images / rate))
+    medians = {engine: np.median(runs, axis=0) for engine, runs in found.items()}
+    return [
+        {"engine": engine.kind, "workers": engine.workers, "images_per_second": float(rate), "start": float(start)}
+        for engine, (rate, start) in medians.items()
+    ]
+
+
+def link_copies(data: str, folder: Path, copies: int) -> str:
+    """Make a folder that holds the data set so many times over."""
+    folder.mkdir()
+    for copy in range(copies):
+        (folder / str(copy)).symlink_to(Path(data).resolve())
+    return str(folder)
+
+
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of a call, and its answer."""
     begin = time.perf_counter()
@@ -155,12 +192,9 @@ def measure_memory(arguments: argparse.Namespace, copies: int) -> Row:
 def print_peak(arguments: argparse.Namespace, model: nn.Module) -> None:
     """Build from a folder that holds the data set so many times over; prints JSON."""
     copies, out = int(arguments.peak_of[0]), Path(arguments.peak_of[1])
-    folder = out.parent / "images"
-    folder.mkdir()
-    for copy in range(copies):
-        (folder / str(copy)).symlink_to(Path(arguments.data).resolve())
+    folder = link_copies(arguments.data, out.parent / "images", copies)
     before, config = peak_gigabytes(), BuildConfig(words=arguments.words, space=arguments.space)
-    _, report = run_build(str(folder), model, config, out=out, progress=False)
+    _, report = run_build(folder, model, config, out=out, progress=False)
     print(json.dumps({"images": report.images, "gigabytes": peak_gigabytes(), "before": before}))
 
 

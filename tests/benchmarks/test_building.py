@@ -1,10 +1,16 @@
 """The benchmark of builds, on a few images."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import building
 import pytest
+
+from vwt.codebook.building import run_build
+from vwt.codebook.config import BuildReport
+from vwt.codebook.engine import Engine
+from vwt.models.create import create_model
 
 OPTIONS = ["images", "--model", "test_vit", "--checkpoint", "weights.safetensors", "--words", "20"]
 
@@ -22,6 +28,23 @@ def test_tables(run, monkeypatch):
         assert row["distance_change"] == pytest.approx(row["distance"] / rows[metric, "sklearn"]["distance"] - 1)
         assert backend == "faiss" or row["time_ratio"] == 1
     assert "Parts of a build" in out
+
+
+def test_images_a_second_of_each_engine(run, monkeypatch):
+    monkeypatch.setattr(building, "RUNS", 1)
+    monkeypatch.setattr(building, "ENGINES", [Engine("local", 1)])
+    built = []
+
+    def count(*arguments, **options):
+        built.append(run_build(*arguments, **options)[1].images)
+        return None, BuildReport(images=7)
+
+    monkeypatch.setattr(building, "run_build", count)
+    monkeypatch.setattr(building, "timed", lambda call: (10.0 * (1 + len(built)), call()))
+    arguments = Namespace(data="images", words=20, space="embedding")
+    (row,) = building.measure_engines(arguments, create_model("test_vit", "weights.safetensors"))
+    assert built == [7, 21]
+    assert row == {"engine": "local", "workers": 1, "images_per_second": pytest.approx(2.8), "start": pytest.approx(5)}
 
 
 def test_memory_of_copies(run):
