@@ -185,6 +185,29 @@ def test_killed_driver_is_followed_by_its_workers_and_can_be_resumed(tmp_path, a
     assert build(out, *arguments, "--resume") == 0
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("many_shards")
+@pytest.mark.parametrize("arguments", ENGINES)
+@pytest.mark.parametrize("moment", range(10))
+def test_killed_at_random_moments(tmp_path, arguments, moment):
+    """A worker, or the driver; half of the moments each."""
+    out, chance = tmp_path / "w.zarr", random.Random(moment)
+    with start(out, *arguments) as process:
+        wait_for_results(out)
+        time.sleep(chance.uniform(0, 8))
+        workers = workers_of(process) if process.poll() is None else []
+        if moment % 2:
+            process.kill()
+        elif workers:
+            chance.choice(workers).kill()
+        _, errors = process.communicate(timeout=300)
+    psutil.wait_procs(workers, timeout=60)
+    assert "Traceback" not in errors
+    if process.returncode:
+        assert build(out, *arguments, "--resume") == 0
+    assert bytes_of(out) == bytes_of(Path("whole.zarr"))
+
+
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
