@@ -1,5 +1,6 @@
 """One build on one process, on many, and on Ray: the same bytes, whoever is killed."""
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -195,11 +196,13 @@ def test_killed_at_random_moments(tmp_path, arguments, moment):
     with start(out, *arguments) as process:
         wait_for_results(out)
         time.sleep(chance.uniform(0, 8))
-        workers = workers_of(process) if process.poll() is None else []
-        if moment % 2:
-            process.kill()
-        elif workers:
-            chance.choice(workers).kill()
+        workers = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
+            workers = workers_of(process)
+            if moment % 2:
+                process.kill()
+            elif workers:
+                chance.choice(workers).kill()
         _, errors = process.communicate(timeout=300)
     psutil.wait_procs(workers, timeout=60)
     assert "Traceback" not in errors
