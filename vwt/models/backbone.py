@@ -19,7 +19,7 @@ from vwt.models.spec import family_of
 from vwt.reductions.reducing import Step, follow, reduce_between
 from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import BlockInputs, Half, run_blocks
-from vwt.tokens.packing import Packed, pack, unpack
+from vwt.tokens.packing import Packed, pack, prefix_tokens, unpack
 from vwt.tokens.positions import Positions, grid_positions, word_positions
 from vwt.tokens.tensors import equal_lengths, lengthen
 from vwt.tokens.words import Words, fill, keep_all, merge, sum_words
@@ -316,7 +316,7 @@ class Backbone:
             prefix, _ = unpack(self.run(packed, start=last)[0], self.prefix)
             return self.family.head(self.family.final_norm(prefix))
         attention, mlp = self.halves(self.blocks[last])
-        prefix, _ = unpack(run_blocks(attention, packed, one_by_one=self._one_by_one(packed)), self.prefix)
+        prefix = prefix_tokens(run_blocks(attention, packed, one_by_one=self._one_by_one(packed)), self.prefix)
         return self.family.head(self.family.final_norm(mlp(prefix, None)))
 
     def to_grid(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
@@ -359,7 +359,7 @@ class Backbone:
 
     def _read(self, packed: Packed, words: Words, steps: Sequence[Step], pool: str) -> Tensor:
         """What a head that pools reads: prefix tokens, then the pool of all."""
-        prefix, _ = unpack(packed, self.prefix)
+        prefix = prefix_tokens(packed, self.prefix)
         if pool == "token":
             return prefix
         words = follow(fill(words), steps)

@@ -8,9 +8,8 @@ from vwt.reductions.assignment import Assignment
 from vwt.reductions.observe import attention_received, explicitly
 from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import Attend
-from vwt.tokens.tensors import select, without_autocast
+from vwt.tokens.tensors import numbers, select, without_autocast
 
-KEPT_WEIGHT = 2.0  # of a kept patch in its mean, so that it stays near a token that the model knows
 SIZE_EXPONENT = 0.8  # proportional attention of less than full strength changes the answer less
 
 
@@ -35,9 +34,9 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> Assi
     distance = (width - torch.where(more, similarity, 0.0).amax(dim=-1)).clamp(min=1e-3 * width)
     order = (received.square() * distance).sort(dim=1, descending=True).indices  # as by received · √distance
     kept = order[:, : order.shape[1] - removed]
-    places = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
-    target = select(similarity, kept).max(dim=1).indices.scatter(1, kept, places)
-    return Assignment(target, kept.shape[1], prefix, torch.ones_like(received).scatter(1, kept, KEPT_WEIGHT))
+    own = numbers(kept.shape[1], kept.device).expand(kept.shape)
+    target = select(similarity, kept).max(dim=1).indices.scatter(1, kept, own)
+    return Assignment(target, kept.shape[1], prefix, kept)
 
 
 class Absorb(Reduction):

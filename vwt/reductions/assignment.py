@@ -7,10 +7,9 @@ patches (or words).
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vwt.tokens.tensors import flat_index
+from vwt.tokens.tensors import flat_index, lazy_property, numbers, select
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +20,20 @@ class Assignment:
         target: (B, m) int64, the new token of each patch token, from 0 to k - 1; each of these is taken.
         count: k, new patch tokens.
         prefix: P.
-        weight: (B, m) float32, how often each counts in the mean, beside its size; None where once each.
+        kept: (B, k) int64, for each new token the patch token that counts twice in its mean; None where all count once.
     """
 
     target: Tensor
     count: int
     prefix: int
-    weight: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(B, m) float32, how often each patch token counts in its mean, beside its size; None where all count once."""
+        if self.kept is None:
+            return None
+        return torch.ones(self.target.shape, device=self.target.device).scatter(1, self.kept, 2.0)
 
     def apply(self, tokens: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens (B, n, C) to the means of those that become one (B, P + k, C), and how many patches these stand for.
@@ -41,27 +47,35 @@ class Assignment:
         Returns:
             The means, and the new sizes (B, P + k) float32.
         """
-        own = None if sizes is None else sizes[:, self.prefix :]
-        weight = own if self.weight is None else self.weight if own is None else own * self.weight
-        patches = tokens[:, self.prefix :].to(torch.promote_types(tokens.dtype, torch.float32))
-        if weight is None:
-            weighted = F.pad(patches, (0, 1), value=1.0)
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        if sizes is None:
+            sizes = wide.new_ones(tokens.shape[:2], dtype=torch.float32)
         else:
-            weighted = torch.cat([patches * weight[..., None], weight[..., None]], dim=-1)
-        sums = self._sum(weighted)
-        means = (sums[..., :-1] / sums[..., -1:]).to(tokens.dtype)
-        if self.weight is None:
-            total = sums[..., -1].float()
+            wide = wide * sizes[..., None]
+        total = count = self.sum(sizes)
+        if self.kept is None:
+            sums = self.sum(wide)
         else:
-            total = self._sum((torch.ones_like(self.weight) if own is None else own)[..., None])[..., 0]
-        return torch.cat([tokens[:, : self.prefix], means], dim=1), F.pad(total, (self.prefix, 0), value=1.0)
+            twice = with_prefix(self.kept, self.prefix)  # prefix tokens too, which changes no mean
+            sums = self._add(wide, select(wide, twice))
+            count = total + sizes.gather(1, twice)
+        return (sums / count[..., None]).to(tokens.dtype), total
 
     def sum(self, values: Tensor) -> Tensor:
-        """Values (B, n) of tokens to their sums over those that become one (B, P + k)."""
-        return torch.cat([values[:, : self.prefix], self._sum(values[:, self.prefix :, None])[..., 0]], dim=1)
+        """Values (B, n, ...) of tokens to their sums over those that become one (B, P + k, ...)."""
+        return self._add(values, values.new_zeros(values.shape[0], self.prefix + self.count, *values.shape[2:]))
 
-    def _sum(self, values: Tensor) -> Tensor:
-        """Values (B, m, C) of patch tokens to their sums (B, k, C)."""
-        sums = values.new_zeros(values.shape[0] * self.count, values.shape[2])
-        index = flat_index(self.target, self.count)
-        return sums.index_add(0, index, values.flatten(0, 1)).view(values.shape[0], self.count, values.shape[2])
+    def _add(self, values: Tensor, to: Tensor) -> Tensor:
+        """The same, added to what is (B, P + k, ...)."""
+        return to.flatten(0, 1).index_add(0, self._rows, values.flatten(0, 1)).view(to.shape)
+
+    @lazy_property
+    def _rows(self) -> Tensor:
+        """Row of the new token of each token, prefix tokens too, image after image: (B·n,)."""
+        return flat_index(with_prefix(self.target, self.prefix), self.prefix + self.count)
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Numbers (B, k) of patch tokens to those of all tokens, prefix tokens first: (B, P + k)."""
+    first = numbers(prefix, index.device).expand(index.shape[0], -1)
+    return torch.cat([first, index + prefix], dim=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vwt.errors import ModelError
 from vwt.reductions.assignment import Assignment
 from vwt.reductions.reduction import Reduction
-from vwt.tokens.attention import Half, run_blocks
+from vwt.tokens.attention import Half, map_tokens, run_blocks
 from vwt.tokens.packing import Packed
 from vwt.tokens.tensors import equal_lengths, lengthen
 from vwt.tokens.words import Words, regroup
@@ -54,7 +54,8 @@ def reduce_between(
         )
     assignments = [reduction.assign(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
     after = _apply(reduction, assignments, before, runs)
-    return run_blocks(mlp, after, one_by_one=one_by_one), Step(assignments, lengthen(after.lengths, -prefix))
+    step = Step(assignments, lengthen(after.lengths, -prefix))
+    return map_tokens(lambda tokens: mlp(tokens, None), after, one_by_one=one_by_one), step
 
 
 def _apply(reduction: Reduction, assignments: list[Assignment], packed: Packed, runs: list[Tensor]) -> Packed:

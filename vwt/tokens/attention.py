@@ -7,7 +7,7 @@ The model's own blocks are called on the packed sequence, and the calls that the
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -70,9 +70,7 @@ def run_blocks(
     """
     runs = packed.runs(packed.values)
     together = len(runs) > 1 and not one_by_one
-    biases, chosen, rotary = packed.biases or _biases(packed), _chosen(packed), _rotary(packed, together)
-    if packed.key_size is not None:
-        packed = replace(packed, biases=biases)
+    biases, chosen, rotary = _attended(packed, together)
     if together:
         attends = [_adjust(attend, *each) for each in zip(biases, chosen, strict=True)]
         with _Attention(attends, packed):
@@ -84,6 +82,22 @@ def run_blocks(
         with nullcontext() if answer is None else _Attention([answer]):
             outputs.append(blocks(run, _block_inputs(bias if index is None else None, turn)).flatten(0, 1))
     return packed.replace(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+
+def map_tokens(function: Callable[[Tensor], Tensor], packed: Packed, *, one_by_one: bool = False) -> Packed:
+    """Apply to packed sequences what works on each token by itself: a function of tokens (b, n, C)."""
+    if packed.is_dense or one_by_one:
+        outputs = [function(run).flatten(0, 1) for run in packed.runs(packed.values)]
+        return packed.replace(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+    return packed.replace(function(packed.values[None])[0])
+
+
+def _attended(packed: Packed, together: bool) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """`_biases`, `_chosen` and `_rotary`, made once for all blocks that the same tokens go through."""
+    key = ("attended", together, packed.values.dtype)
+    if key not in packed.memo:
+        packed.memo[key] = _biases(packed), _chosen(packed), _rotary(packed, together)
+    return packed.memo[key]
 
 
 def _block_inputs(bias: Tensor | None, rotary: Tensor | None) -> BlockInputs | None:

@@ -7,6 +7,7 @@ sequence, and the calls that they make to `scaled_dot_product_attention` are ans
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from vwt.tokens.positions import PREFIX, Positions
 from vwt.tokens.tensors import Equal, count_images, flat_index, lengthen
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen, which takes time at every block
 class Packed:
     """Token sequences of B images, one after another.
 
@@ -26,7 +27,7 @@ class Packed:
         key_size: (T,) float32, how often attention counts each token as a key; None where all are 1.
         places: where the tokens are, for models whose attention asks for it; else None.
         bias_on_self: whether a token is counted so by itself too.
-        biases: what that adds to the attention logits (see `_biases`), once blocks have run; made once for all of them.
+        memo: what follows from all but the values, once it has been asked for; blocks on the same tokens share it.
         is_dense: whether all images have as many tokens.
     """
 
@@ -36,13 +37,13 @@ class Packed:
     key_size: Tensor | None = None
     places: Positions | None = None
     bias_on_self: bool = True
-    biases: "Sequence[Tensor | None] | None" = None
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
     is_dense: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Stored, so that compiled code can ask without being compiled again for other lengths.
         equal = isinstance(self.lengths, Equal) or all(length == self.lengths[0] for length in self.lengths)
-        object.__setattr__(self, "is_dense", equal)
+        self.is_dense = equal
 
     @property
     def images(self) -> int:
@@ -64,7 +65,9 @@ class Packed:
 
     def replace(self, values: Tensor) -> "Packed":
         """Other values of the same tokens."""
-        return Packed(values, self.lengths, self.sizes, self.key_size, self.places, self.bias_on_self, self.biases)
+        other = Packed(values, self.lengths, self.sizes, self.key_size, self.places, self.bias_on_self)
+        other.memo = self.memo
+        return other
 
     def take(self, index: Tensor) -> "Packed":
         """Some tokens (b, k) int64 of each image, where all images have as many; prefix tokens must be among them."""
@@ -122,10 +125,17 @@ def _join(prefix: Tensor, merged: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.cat([run for pair in zip(prefix, merged.split(list(counts)), strict=True) for run in pair])
 
 
+def prefix_tokens(packed: Packed, prefix: int) -> Tensor:
+    """The first P tokens of each image: (B, P, C)."""
+    if packed.is_dense:
+        return packed.dense()[:, :prefix]
+    return torch.stack([run[:prefix] for run in packed.split()])
+
+
 def unpack(packed: Packed, prefix: int) -> tuple[Tensor, Tensor]:
     """Inverse of `pack`: prefix tokens (B, P, C) and merged tokens (T, C)."""
     if packed.is_dense:
-        dense = packed.dense()
-        return dense[:, :prefix], dense[:, prefix:].flatten(0, 1)
-    runs = packed.split()
-    return torch.stack([run[:prefix] for run in runs]), torch.cat([run[prefix:] for run in runs])
+        merged = packed.dense()[:, prefix:].flatten(0, 1)
+    else:
+        merged = torch.cat([run[prefix:] for run in packed.split()])
+    return prefix_tokens(packed, prefix), merged

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -62,11 +63,24 @@ def lengthen(lengths: Sequence[int], by: int) -> Sequence[int]:
     return tuple(length + by for length in lengths)
 
 
+def numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, ..., count - 1, made once; not to be changed."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which fold constants themselves
+        return torch.arange(count, device=device)
+    return _numbers(count, device)
+
+
+@lru_cache(maxsize=256)
+def _numbers(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # they serve later calls, with gradients too
+        return torch.arange(count, device=device)
+
+
 def flat_index(index: Tensor, count: int) -> Tensor:
     """Places (B, k) in images of `count` rows each, to rows (B·k,) of all images one after another."""
     if index.shape[0] == 1:
         return index[0]
-    return (index + count * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
+    return (index + count * numbers(index.shape[0], index.device)[:, None]).flatten()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
