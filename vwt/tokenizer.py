@@ -101,6 +101,7 @@ class VWTokenizer(nn.Module):
         Models of transformers may be given them as `pixel_values`, as they are themselves, and classifiers `labels`
         too, for a loss. Models of images and text take all else by name, and answer for it: `fast(images,
         input_ids=...)`; they have their other methods beside this one, such as `fast.generate(pixel_values=images)`.
+        Those whose language model reads image tokens in its prompt take what their processor gives: `fast(**inputs)`.
 
         Raises:
             ImageError: for images of the wrong shape, size or dtype.

@@ -53,7 +53,7 @@ def place_tokens(words: Words, patch: Tensor) -> ImageTokens:
     number[new] = torch.arange(total, device=device) - starts[image[new]]
     number = torch.where(read, number, -1)
     inside = words.group >= 0
-    group = torch.where(inside, number[words.rows.clamp(min=0, max=max(total - 1, 0))], -1)
+    group = torch.where(inside, number[words.rows.clamp(min=0)], -1)
     left = Words(group, torch.where(group >= 0, words.weight, 0.0), counts, words.grid)
 
     kept = patch < 0
