@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vwt.tokens.tensors import flat_index, lazy_property, numbers, select
+from vwt.tokens.tensors import flat_index, lazy_property, numbers, select, sum_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,8 @@ class Assignment:
 
     def _add(self, values: Tensor, to: Tensor) -> Tensor:
         """The same, added to what is (B, P + k, ...)."""
+        if torch.compiler.is_exporting():
+            return to + sum_at(values, with_prefix(self.target, self.prefix), self.prefix + self.count)
         return to.flatten(0, 1).index_add(0, self._rows, values.flatten(0, 1)).view(to.shape)
 
     @lazy_property

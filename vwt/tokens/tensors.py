@@ -83,6 +83,19 @@ def flat_index(index: Tensor, count: int) -> Tensor:
     return (index + count * numbers(index.shape[0], index.device)[:, None]).flatten()
 
 
+def sum_at(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Values (B, m) or (B, m, C) at places (B, m) in [0, count) to the sums of what is at each: (B, count[, C])."""
+    if torch.compiler.is_exporting():
+        # As a product of matrices: other runtimes are slow to add by index, or add what collides only once.
+        at = index[:, None] == torch.arange(count, device=index.device)[:, None]  # (B, count, m)
+        sums = at.to(values.dtype) @ (values if values.ndim == 3 else values[..., None])
+        return sums if values.ndim == 3 else sums[..., 0]
+    if values.ndim == 2:
+        return values.new_zeros(values.shape[0], count).scatter_add(1, index, values)
+    sums = values.new_zeros(values.shape[0] * count, values.shape[2])
+    return sums.index_add(0, flat_index(index, count), values.flatten(0, 1)).view(-1, count, values.shape[2])
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Without autocast, which would compare patches in half precision."""
     kind = device.type

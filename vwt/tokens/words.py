@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vwt.tokens.tensors import Equal, count_images, equal_lengths, flat_index, lazy_property
+from vwt.tokens.tensors import Equal, count_images, equal_lengths, flat_index, lazy_property, sum_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +59,7 @@ class Words:
         inside = (self.group >= 0).float()
         if self.count is None:
             return sum_words(inside[..., None], self)[:, 0]
-        sums = inside.new_zeros(inside.shape[0], self.count)
-        return sums.scatter_add(1, self.group.clamp(min=0), inside).flatten()
+        return sum_at(inside, self.group.clamp(min=0), self.count).flatten()
 
 
 def group_words(labels: Tensor, num_labels: int, grid: tuple[int, int]) -> Words:
@@ -147,8 +146,8 @@ class KeptPatches(Words):
         ones = self.kept.new_ones(1, dtype=torch.float32)
         if self.dropped is None:
             return ones.expand(self.kept.shape[0] * self.kept.shape[1])
-        every = ones.expand(self.kept.shape[0], self.grid[0] * self.grid[1])
-        return every.scatter_add(1, self.standing, ones.expand(self.standing.shape)).gather(1, self.kept).flatten()
+        others = sum_at(ones.expand(self.standing.shape), self.standing, self.grid[0] * self.grid[1])
+        return (others.gather(1, self.kept) + 1).flatten()
 
 
 def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
@@ -190,7 +189,11 @@ def _merge_kept(tokens: Tensor, words: KeptPatches) -> Tensor:
     if words.dropped is None:
         return rows.index_select(0, flat_index(words.kept, tokens.shape[1]))
     dropped = rows.index_select(0, flat_index(words.dropped, tokens.shape[1])).to(wide)
-    sums = rows.to(wide).index_add(0, flat_index(words.standing, tokens.shape[1]), dropped, alpha=1 / words.times)
+    if torch.compiler.is_exporting():
+        own = sum_at(dropped.unflatten(0, words.standing.shape), words.standing, tokens.shape[1])
+        sums = rows.to(wide) + own.flatten(0, 1) / words.times
+    else:
+        sums = rows.to(wide).index_add(0, flat_index(words.standing, tokens.shape[1]), dropped, alpha=1 / words.times)
     merged = sums.index_select(0, flat_index(words.kept, tokens.shape[1]))
     return merged.div_((words.sizes[:, None] - 1) / words.times + 1).to(tokens.dtype)
 
@@ -213,10 +216,11 @@ def regroup(words: Words, places: Tensor, counts: Sequence[int], times: Tensor |
         torch.where(words.group >= 0, places[words.rows.clamp(min=0)], -1), words.weight, left, words.grid, count
     )
     amount = words.sizes if times is None else words.sizes * times
-    offsets = (new.counts.cumsum(0) - new.counts).repeat_interleave(
-        words.counts if words.count is None else words.count
-    )
-    total = amount.new_zeros(new.number).index_add(0, places + offsets, amount)
+    if words.count is not None and count is not None:
+        total = sum_at(amount.view(-1, words.count), places.view(-1, words.count), count).flatten()
+    else:
+        offsets = (new.counts.cumsum(0) - new.counts).repeat_interleave(words.counts)
+        total = amount.new_zeros(new.number).index_add(0, places + offsets, amount)
     share = amount[words.rows.clamp(min=0)] / total[new.rows.clamp(min=0)]
     return replace(new, weight=words.weight * share)
 
