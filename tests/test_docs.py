@@ -24,7 +24,8 @@ from vwt.tuning.plan import Plan, Point
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [path for folder in ("vwt", "benchmarks", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
-RUN_ELSEWHERE = {"feature_maps.md"}  # with real weights, in tests/scripts/test_feature_map.py
+# With real weights, in tests/scripts/test_feature_map.py; and without vwt, in tests/export/test_snippets.py.
+RUN_ELSEWHERE = {"feature_maps.md", "export.md"}
 SCHEDULE = vwt.PruningSchedule({3: vwt.Absorb(60)})
 
 

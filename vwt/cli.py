@@ -34,6 +34,10 @@ COMMANDS = {
         "write what is known of a plan as one HTML file",
         "Write one HTML file on a plan: its front, where the time goes, images with their answers, and what made it.",
     ),
+    "export": (
+        "write a model as planned for onnxruntime, OpenVINO or AOTInductor",
+        "Write a model as planned as ONNX, OpenVINO IR or AOTInductor package, and check it on real images.",
+    ),
     "show": (
         "draw what is done to an image",
         "Draw an image, its words, what each reduction leaves of it, and the codebook's frequent words.",

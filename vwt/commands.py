@@ -18,6 +18,7 @@ from vwt.documents import check_writable
 from vwt.energy.meter import environment_report
 from vwt.energy.sensors import POWERCAP
 from vwt.errors import ArgumentError, CodebookError, ModelError, first_line
+from vwt.export.exporting import LEAST, check_target
 from vwt.models.create import create_model
 from vwt.models.support import find_support, list_families
 from vwt.pictures.charts import plot_profile, plot_utility
@@ -31,7 +32,7 @@ from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tokens.patches import SPACES
 from vwt.tuning.calibration import ENOUGH, Calibration, load_images
-from vwt.tuning.plan import Plan
+from vwt.tuning.plan import CHECKED, Plan
 from vwt.tuning.profile import POINTS, RUNS, LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
 from vwt.tuning.tune import check_goal, tune
@@ -342,6 +343,33 @@ def _schedule(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(exported: argparse.ArgumentParser) -> None:
+    _add_model(exported)
+    exported.add_argument("--plan", required=True, help="of vwt tune")
+    exported.add_argument("--to", required=True, help="where to write the model: NAME.onnx, NAME.xml or NAME.pt2")
+    exported.add_argument("--images", required=True, help="a folder of images to check it on, or hfds/…, torch/…")
+    exported.add_argument("--count", type=int, default=CHECKED, help="images to draw")
+    exported.add_argument("--seed", type=int, default=0, help="of the draw")
+    exported.add_argument("--batch-size", type=int, help="at which latency is measured; by default that of the plan")
+    exported.add_argument("--force", action="store_true", help="export a plan of another model or device too")
+    exported.set_defaults(run=_export, if_interrupted="; nothing was written")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    plan, show = Plan.load(arguments.plan), not arguments.quiet
+    batch_size = plan.batch_size if arguments.batch_size is None else arguments.batch_size
+    check_target(arguments.to, batch_size)
+    if arguments.count < max(LEAST, batch_size):
+        raise ArgumentError(f"--count is {arguments.count}; expected at least {max(LEAST, batch_size)}")
+    check_source(arguments.images)
+    model = _open_model(arguments)
+    plan.apply(model, force=arguments.force)  # before images are read
+    images = load_images(arguments.images, model, arguments.count, seed=arguments.seed, progress=show)
+    print(plan.export(model, arguments.to, images, batch_size=batch_size, force=arguments.force, progress=show))
+    print(arguments.to)
+    return 0
+
+
 def _add_show(show: argparse.ArgumentParser) -> None:
     show.add_argument("image", help="file of an image")
     _add_model(show)
@@ -431,6 +459,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "schedule": _add_schedule,
     "tune": _add_tune,
     "report": _add_report,
+    "export": _add_export,
     "show": _add_show,
     "env": _add_env,
     "models": _add_models,

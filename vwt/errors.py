@@ -40,6 +40,10 @@ class HubError(VWTError):
     """A repository is missing, private, out of reach, or holds something else."""
 
 
+class ExportError(VWTError):
+    """A model cannot be exported, or answers otherwise where it was exported to."""
+
+
 def brief(value: object, most: int = 100) -> str:
     """The repr of a value that comes from a file, cut where it is long: it is damaged, and may be of any size."""
     text = repr(value)

@@ -6,14 +6,14 @@ import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vwt.errors import ArgumentError, ModelError, first_line
+from vwt.errors import ArgumentError, ModelError
+from vwt.export.formats import Run, open_onnx, open_openvino, write_onnx
 from vwt.models.spec import family_of
 from vwt.tokenizer import VWTokenizer
 
@@ -22,8 +22,6 @@ PRECISIONS = ("float32", "bfloat16")
 
 # What each needs beside torch; the extra `export` has it.
 _PACKAGES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-
-Run: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Answer(nn.Module):
@@ -83,7 +81,7 @@ def run_in(runtime: str, precision: str, model: nn.Module, example: Tensor) -> R
         example: (B, C, H, W) images of the shape that it will be called with.
 
     Raises:
-        ArgumentError: if the runtime is unknown, not installed, or cannot hold this model or precision.
+        ArgumentError, ExportError: if the runtime is unknown, not installed, or cannot hold this model or precision.
     """
     check_runtime(runtime, precision, example.device)
     return run_module(runtime, precision, Answer(model, written_in(runtime, precision)), example)
@@ -104,7 +102,7 @@ def run_module(runtime: str, precision: str, answer: nn.Module, example: Tensor)
         example: see `run_in`.
 
     Raises:
-        ArgumentError: if the runtime cannot hold it.
+        ArgumentError, ExportError: if the runtime cannot hold it.
     """
     if runtime == "torch":
         return answer
@@ -113,9 +111,7 @@ def run_module(runtime: str, precision: str, answer: nn.Module, example: Tensor)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         write_onnx(answer, example, path)
-        if runtime == "onnxruntime":
-            return open_onnx(path, example.shape[0])
-        return open_openvino(path, precision, tuple(example.shape))
+        return (open_onnx if runtime == "onnxruntime" else open_openvino)(path, precision, tuple(example.shape))
 
 
 def compile_alone(module: nn.Module) -> Run:
@@ -123,85 +119,3 @@ def compile_alone(module: nn.Module) -> Run:
     isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"isolate_recompiles": True} if isolates else {}
     return torch.compile(module, **options)
-
-
-# -- ONNX --------------------------------------------------------------------------------------------------------------
-
-_IN_ONE_FILE = 2**31 - 2**20  # bytes; protobuf holds no more
-
-
-def write_onnx(answer: nn.Module, example: Tensor, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a module as ONNX for any number of images; input "images", output "output".
-
-    Args:
-        answer: from images to a tensor.
-        example: images.
-        path: the file; weights of more than 2 GB go beside it.
-        metadata: what the file says of itself.
-
-    Raises:
-        ArgumentError: if it cannot be exported; says why.
-    """
-    program = _export_onnx(answer, example)
-    for name, value in (metadata or {}).items():
-        program.model.metadata_props[name] = value
-    size = sum(tensor.numel() * tensor.element_size() for tensor in answer.state_dict().values())
-    program.save(path, external_data=size > _IN_ONE_FILE)
-
-
-def _export_onnx(answer: nn.Module, example: Tensor) -> Any:
-    # Two images: one would be taken for a number that is always one.
-    images = example[:1].expand(2, *example.shape[1:]).contiguous()
-    dynamic = ({0: torch.export.Dim("batch", min=1)},)
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"]}
-    try:
-        with torch.no_grad():
-            return torch.onnx.export(answer, (images,), dynamo=True, dynamic_shapes=dynamic, verbose=False, **names)
-    except torch.onnx.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, ArgumentError):
-            raise cause from error
-        raise ArgumentError(f"the model cannot be exported to ONNX: {first_line(cause)}") from error
-
-
-def open_onnx(path: Path, batch_size: int | None = None) -> Run:
-    """An ONNX file in onnxruntime; faster if the batch size is known."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads else wait for more work, in the way of whatever runs next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if batch_size is not None:
-        options.add_free_dimension_override_by_name("batch", batch_size)
-    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-    return run
-
-
-# -- OpenVINO ----------------------------------------------------------------------------------------------------------
-
-
-def open_openvino(path: Path, precision: str = "float32", shape: tuple[int, ...] | None = None) -> Run:
-    """An ONNX file or OpenVINO IR in OpenVINO, on the CPU; faster if the shape of the images is known."""
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(path)
-    if shape is not None:
-        model.reshape(list(shape))
-    hints = {
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-    }
-    compiled = core.compile_model(model, "CPU", hints)
-
-    def run(images: Tensor) -> Tensor:
-        # A copy: the next call writes its answer in the same place.
-        return torch.from_numpy(compiled(images.numpy())[0].copy())
-
-    return run

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vwt.errors import ArgumentError
@@ -17,8 +17,8 @@ TIMED, TIMED_RUNS = 8, 12  # batches on which latency is measured, and runs of e
 
 
 def measure_latency(
-    model: nn.Module,
-    reduced: Sequence[nn.Module],
+    model: Callable[[Tensor], Any],
+    reduced: Sequence[Callable[[Tensor], Any]],
     images: Tensor,
     batch_size: int,
     *,

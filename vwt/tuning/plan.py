@@ -15,11 +15,13 @@ from vwt import hub
 from vwt.codebook.codebook import Codebook
 from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief, first_line
+from vwt.export.exporting import Parity, check_target, export
 from vwt.measure.environment import is_machine, other_threads
 from vwt.strategies.inter_image import InterImage
 from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
+from vwt.tuning.calibration import load_images
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
 from vwt.tuning.sharing import PATTERNS, make_card, pack_codebooks, unpack_codebook
@@ -28,6 +30,9 @@ VERSION = 1
 
 
 SHARED = (".html", ".pdf", ".png", ".svg")  # what may go with a plan to the hub
+
+
+CHECKED = 128  # images on which an exported model is checked
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,39 @@ class Plan:
         skipped = write_report(path, self, model, images, force=force, progress=progress)
         if skipped:
             warnings.warn(f"left out {len(skipped)} images that cannot be read: {', '.join(skipped)}", stacklevel=2)
+
+    def export(
+        self,
+        model: nn.Module,
+        path: str | os.PathLike[str],
+        images: Tensor | str | os.PathLike[str],
+        *,
+        batch_size: int | None = None,
+        force: bool = False,
+        progress: bool = True,
+    ) -> Parity:
+        """Write the model as planned to a file for another runtime, and check that on real images.
+
+        Args:
+            model: the one that was tuned.
+            path: NAME.onnx, NAME.xml or NAME.pt2.
+            images: (n, C, H, W) normalised for the model, n at least 64, or a folder of which 128 are drawn.
+            batch_size: at which latency is measured; by default that of the plan.
+            force: see `apply`.
+            progress: show a progress bar.
+
+        Raises:
+            MismatchError: see `apply`.
+            ArgumentError, ExportError, ImageError: see `vwt.export.exporting.export`.
+            DataError: see `load_images`.
+        """
+        batch_size = self.batch_size if batch_size is None else batch_size
+        check_target(path, batch_size)
+        fast = self.apply(model, force=force)
+        if not isinstance(images, Tensor):
+            images = load_images(images, model, max(CHECKED, batch_size), progress=progress)
+        made = {"goal": self.goal, "machine": self.machine, "chosen": self.chosen.to_json()}
+        return export(fast, path, images, batch_size=batch_size, plan=made, progress=progress)
 
     def __str__(self) -> str:
         """The front, one line a point, and the choice."""
