@@ -69,7 +69,9 @@ class VWTokenizer(nn.Module):
         if isinstance(model, VWTokenizer):
             raise ArgumentError("the model is wrapped already; wrap its .model with the new strategy")
         if strategy is not None and (isinstance(strategy, type) or not isinstance(strategy, Strategy)):
-            raise ArgumentError(f"strategy is {strategy!r}; expected InterImage(...), IntraImage(...) or None")
+            raise ArgumentError(
+                f"strategy is {strategy!r}; expected Neighbours(...), InterImage(...), IntraImage(...) or None"
+            )
         if not _is_schedule(schedule):
             raise ArgumentError(f"schedule is {schedule!r}; expected vwt.PruningSchedule({{block: tokens to remove}})")
         if not isinstance(after, Reduction | None):

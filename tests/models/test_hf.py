@@ -36,9 +36,21 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    IJepaConfig,
+    IJepaForImageClassification,
+    IJepaModel,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipVisionConfig,
@@ -63,6 +75,17 @@ MODELS = {
     "dinov2-classifier": lambda: Dinov2ForImageClassification(
         Dinov2Config(**SMALL, use_swiglu_ffn=True, num_labels=10)
     ),
+    "deit": lambda: DeiTModel(DeiTConfig(**WIDE)),
+    "deit-classifier": lambda: DeiTForImageClassification(DeiTConfig(**WIDE, num_labels=10)),
+    "deit-distilled-classifier": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**WIDE, num_labels=10)),
+    "ijepa": lambda: IJepaModel(IJepaConfig(**WIDE)),
+    "ijepa-pooled": lambda: IJepaModel(IJepaConfig(**WIDE), add_pooling_layer=True),
+    "ijepa-classifier": lambda: IJepaForImageClassification(IJepaConfig(**WIDE, num_labels=10)),
+    "dinov2-registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, mlp_ratio=2)),
+    "dinov2-registers-classifier": lambda: Dinov2WithRegistersForImageClassification(
+        Dinov2WithRegistersConfig(**SMALL, mlp_ratio=2, num_labels=10)
+    ),
+    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**WIDE, num_register_tokens=4)),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE)),
     "siglip-classifier": lambda: SiglipForImageClassification(SiglipConfig(vision_config=WIDE, num_labels=10)),
 }
@@ -98,7 +121,10 @@ def make_inter(space, model, images):
     return InterImage(book, 1e-3)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+VARIANTS = {"vit-unpooled", "deit", "deit-classifier", "ijepa", "ijepa-pooled", "dinov2-registers"}
+
+
+@pytest.fixture(scope="module", params=matrix(MODELS, *(MODELS.keys() - VARIANTS)))
 def model(request):
     return make_model(request.param)
 
@@ -183,6 +209,7 @@ EMBEDDING = {
     "clip-projection": lambda output: output.image_embeds,
     "blip": lambda output: output.last_hidden_state.mean(1),
     "vit-unpooled": lambda output: output.last_hidden_state.mean(1),
+    "ijepa": lambda output: output.last_hidden_state.mean(1),
 }
 
 
@@ -213,7 +240,8 @@ def test_profiles(model):
     assert profile.model == type(model).__name__
     assert profile.patches == 16
     assert profile.depth == 3
-    assert profile.reads_prefix_only == isinstance(model, ViTForImageClassification)
+    reads_class_token = ViTForImageClassification | DeiTForImageClassification | DeiTForImageClassificationWithTeacher
+    assert profile.reads_prefix_only == isinstance(model, reads_class_token)
     assert min(profile.head, profile.embed, *profile.block) > 0
     profile.check(model)
 
@@ -268,7 +296,9 @@ def test_gradients_flow():
     assert model.vit.layers[0].attention.q_proj.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "classifier" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if "classifier" in name and name != "deit-distilled-classifier"]
+)
 def test_labels_give_the_models_own_loss(name):
     model, images, labels = make_model(name), make_images(), torch.arange(5)
     fast = VWTokenizer(model)
@@ -281,9 +311,13 @@ def test_labels_give_the_models_own_loss(name):
     assert [one.shape for one in fast(images, labels=labels)] == [(), (5, 10)]
 
 
-def test_labels_of_a_tower_are_refused():
-    with pytest.raises(ArgumentError, match="CLIPVisionModel computes no loss; call it without labels"):
-        VWTokenizer(make_model("clip"))(make_images(), labels=torch.arange(5))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("clip", "CLIPVisionModel"), ("deit-distilled-classifier", "DeiTForImageClassificationWithTeacher")],
+)
+def test_labels_of_what_computes_no_loss_are_refused(name, kind):
+    with pytest.raises(ArgumentError, match=f"{kind} computes no loss; call it without labels"):
+        VWTokenizer(make_model(name))(make_images(), labels=torch.arange(5))
 
 
 def test_eager_attention_is_refused():

@@ -31,7 +31,7 @@ def test_supported(capsys, name, facts):
     [
         ("swin_tiny_patch4_window7_224", "SwinTransformer is not supported: it is of no family"),
         ("test_convnext", "ConvNeXt is not supported"),
-        ("vit_tiny_r_s16_p8_224", "makes its patches with HybridEmbed"),
+        ("samvit_base_patch16", "its blocks attend within windows"),
     ],
 )
 def test_not_supported_and_why(capsys, name, reason):

@@ -8,6 +8,7 @@ from tests.tuning.test_calibration import make_images
 from tests.tuning.test_profile import REDUCTIONS, make_profile
 from vwt import Absorb, IntraImage, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, MismatchError
+from vwt.measure.timing import Latency
 from vwt.reductions.reduction import patches_entering
 from vwt.tuning.calibration import Calibration
 from vwt.tuning.search import BLOCKS, SHARES, Candidate, Option, Search
@@ -209,7 +210,8 @@ def test_a_schedule_for_a_budget(pool, monkeypatch):
     profile = make_profile(reductions=FREE, reads_prefix_only=pool == "token")
 
     def as_predicted(model, reduced, *options, **others):
-        return [(0.0, profile.predict(fast.schedule) / profile.predict()) for fast in (VWTokenizer(model), *reduced)]
+        ratios = [profile.predict(fast.schedule) / profile.predict() for fast in (VWTokenizer(model), *reduced)]
+        return [Latency(0.0, ratio, (ratio, ratio)) for ratio in ratios]
 
     monkeypatch.setattr("vwt.tuning.schedule.measure_latency", as_predicted)
     schedule = PruningSchedule.for_budget(profile, model, make_images(16), ratio=0.7, progress=False)
@@ -222,6 +224,42 @@ def test_a_schedule_for_a_budget(pool, monkeypatch):
     single = Calibration(model, make_images(16), progress=False)
     paper = next(r for r in ({1: Prune(n)} for n in range(1, 15)) if profile.predict(r) <= milliseconds)
     assert single.evaluate(schedule).mean_kl <= single.evaluate(paper).mean_kl
+
+
+def search_with(monkeypatch, factors, seconds=0.0):
+    """The schedule for a ratio of 0.7 and how often it is measured: the first time at 0.7 times these, later at 0.7."""
+    measured = []
+
+    def measure(model, reduced, *options, **others):
+        own = factors if not measured else (1, 1, 1)
+        measured.append(reduced)
+        return [Latency(0, 1, (1, 1)), Latency(0, 0.7 * own[1], (0.7 * own[0], 0.7 * own[2]))]
+
+    clock = iter([0.0, *[seconds] * 9])
+    monkeypatch.setattr("vwt.tuning.schedule.measure_latency", measure)
+    monkeypatch.setattr("vwt.tuning.schedule.time.monotonic", lambda: next(clock))
+    profile = make_profile(reductions=FREE)
+    schedule = PruningSchedule.for_budget(profile, make_model(), make_images(16), ratio=0.7, progress=False)
+    return schedule, len(measured)
+
+
+def test_a_measurement_that_may_err_is_not_put_right_but_said(monkeypatch):
+    exact, times = search_with(monkeypatch, (1, 1, 1))
+    assert times == 1
+    with pytest.warns(UserWarning, match=r"0\.84 of the model's time, somewhere between 0\.66 and 0\.98"):
+        unsure, times = search_with(monkeypatch, (0.95, 1.2, 1.4))
+    assert times == 1
+    assert unsure == exact
+
+
+def test_a_missed_budget_is_put_right_within_a_minute(monkeypatch):
+    first, _ = search_with(monkeypatch, (1, 1, 1))
+    faster, times = search_with(monkeypatch, (1.19, 1.2, 1.21))
+    assert times == 2
+    assert make_profile(reductions=FREE).predict(faster) < make_profile(reductions=FREE).predict(first)
+    late, times = search_with(monkeypatch, (1.19, 1.2, 1.21), seconds=61)
+    assert times == 1
+    assert late == first
 
 
 def test_too_few_images_for_a_batch_are_noticed_before_the_search(monkeypatch):

@@ -1,10 +1,11 @@
 """Wall time of calls that are compared, measured interleaved."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ def measure_latency(
     *,
     seed: int = 0,
     progress: bool = True,
-) -> list[tuple[float, float]]:
-    """Milliseconds a batch of a model and of its reduced versions, interleaved in one run, and the ratios to the model.
+) -> list["Latency"]:
+    """The latency of a model and of its reduced versions, interleaved in one run.
 
     Args:
         model: first in the result.
@@ -44,8 +45,31 @@ def measure_latency(
     calls: list[Calls] = [{"run": on_batches(module, batches)} for module in (model, *reduced)]
     with torch.inference_mode():
         seconds = interleave(calls, len(batches), TIMED_RUNS, device=images.device, seed=seed, progress=progress)
-    runs = [np.median(timed["run"], axis=1) for timed in seconds]
-    return [(1e3 * float(np.median(run)), float(np.median(run / runs[0]))) for run in runs]
+    return [_latency(timed["run"], seconds[0]["run"]) for timed in seconds]
+
+
+class Latency(NamedTuple):
+    """The latency of a module.
+
+    Attributes:
+        milliseconds: a batch; the median over batches of the median over runs.
+        ratio: of that to the model's, batch by batch.
+        bounds: between which the median ratio of single runs lies, with a confidence of 95 %.
+    """
+
+    milliseconds: float
+    ratio: float
+    bounds: tuple[float, float]
+
+
+def _latency(own: np.ndarray, model: np.ndarray) -> Latency:
+    """Of seconds (batches, runs) of a module and of the model."""
+    medians, ratios = np.median(own, axis=1), np.sort((own / model).ravel())
+    reach = round(1.96 * math.sqrt(len(ratios)) / 2)  # order statistics: half of the runs are below the median
+    middle = len(ratios) // 2
+    low, high = ratios[max(middle - reach, 0)], ratios[min(middle + reach, len(ratios) - 1)]
+    ratio = np.median(medians / np.median(model, axis=1))
+    return Latency(1e3 * float(np.median(medians)), float(ratio), (float(low), float(high)))
 
 
 class Stopwatch:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from vwt.errors import ModelError
-from vwt.models.family import Embedded, Family, check_multiple, embed
+from vwt.models.family import Embedded, Family, check_multiple, embed, lost_places
 from vwt.tokens.attention import BlockInputs, fuses
 from vwt.tokens.patches import patchify
 
@@ -39,10 +40,7 @@ class EvaFamily(Family):
         if not self.needs_positions:
             return super().options(blocks, inputs)
         if inputs is None or inputs.rotary is None:
-            raise ModelError(
-                f"{type(self.model).__name__} turns its tokens by their places, which these have lost; hand on "
-                "`Packed` as `VWTokenizer.pack` gives it, and cut it with `Packed.take`"
-            )
+            raise lost_places(self.model)
         shared = {} if inputs.bias is None else {"attn_mask": inputs.bias}
         if not self._mixed:
             return [{"rope": inputs.rotary, **shared}] * len(blocks)
@@ -120,21 +118,27 @@ class NaFlexFamily(EvaFamily):
         return bool(self.model.rope_is_mixed)
 
 
-class BeitFamily(Family):
-    """timm's Beit: a bias for the relative position of each two patches, added to the attention logits."""
+class BiasedFamily(Family):
+    """What families have in common whose attention adds a bias for the relative position of each two patches."""
 
-    MODEL = Beit
-    ABOUT = "BEiT, BEiTv2; only strategies that keep patches in their places, and no schedule"
+    SHARED: str  # the argument of a block that takes the bias that all blocks share
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        own = any(block.attn.relative_position_bias_table is not None for block in self.blocks)
-        self._biased = own or self.model.rel_pos_bias is not None
+        self._biased = self.shared_bias() is not None or any(self.has_bias(block) for block in self.blocks)
         if self._biased and not all(fuses(block) for block in self.blocks):
             raise ModelError(
                 f"this {type(model).__name__} adds a bias for relative positions in attention that is not fused; "
                 "create it after timm.layers.set_fused_attn(True)"
             )
+
+    def has_bias(self, block: Any) -> bool:
+        """Whether a block has a bias of its own."""
+        raise NotImplementedError
+
+    def shared_bias(self) -> Tensor | None:
+        """The bias (1, H, F, F) that all blocks share, if there is one."""
+        raise NotImplementedError
 
     @property
     def needs_positions(self) -> bool:
@@ -152,12 +156,15 @@ class BeitFamily(Family):
         return False
 
     def embed(self, images: Tensor) -> Embedded:
-        """See `Family`; the model has no method of its own for positions."""
-        model = self.model
-        patches, grid = embed(model.patch_embed, images)
-        tokens = torch.cat([model.cls_token.expand(len(images), -1, -1), patches], dim=1)
-        tokens = model.pos_drop(tokens if model.pos_embed is None else tokens + model.pos_embed)
-        return Embedded(lambda: patches, tokens, grid)
+        """See `Family`; the models have no method of their own for positions."""
+        patches, grid = embed(self.model.patch_embed, images)
+        return Embedded(lambda: patches, self.with_positions(patches), grid)
+
+    def with_positions(self, patches: Tensor) -> Tensor:
+        """Embeddings of patches (B, N, D) to tokens (B, P + N, D), with prefix tokens and position."""
+        if self.model.cls_token is None:
+            return patches
+        return torch.cat([self.model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
 
     def pre_norm(self, tokens: Tensor) -> Tensor:
         """There is none."""
@@ -165,11 +172,47 @@ class BeitFamily(Family):
 
     def options(self, blocks: Sequence[nn.Module], inputs: BlockInputs | None) -> list[dict[str, Any]]:
         """One argument of the blocks takes the shared bias, and whatever else is added to the attention logits."""
-        bias = None if inputs is None else inputs.bias
-        if self.model.rel_pos_bias is not None:
-            shared = self.model.rel_pos_bias()[None]
+        bias, shared = None if inputs is None else inputs.bias, self.shared_bias()
+        if shared is not None:
             bias = shared if bias is None else shared + bias
-        return [{} if bias is None else {"shared_rel_pos_bias": bias}] * len(blocks)
+        return [{} if bias is None else {self.SHARED: bias}] * len(blocks)
 
 
-FAMILIES: tuple[type[Family], ...] = (Family, EvaFamily, BeitFamily, NaFlexFamily)
+class BeitFamily(BiasedFamily):
+    """timm's Beit: a bias from a table."""
+
+    MODEL = Beit
+    ABOUT = "BEiT, BEiTv2"
+    SHARED = "shared_rel_pos_bias"
+
+    def has_bias(self, block: Any) -> bool:
+        """See `BiasedFamily`."""
+        return block.attn.relative_position_bias_table is not None
+
+    def shared_bias(self) -> Tensor | None:
+        """See `BiasedFamily`."""
+        return None if self.model.rel_pos_bias is None else self.model.rel_pos_bias()[None]
+
+    def with_positions(self, patches: Tensor) -> Tensor:
+        """See `BiasedFamily`."""
+        tokens, position = super().with_positions(patches), self.model.pos_embed
+        return self.model.pos_drop(tokens if position is None else tokens + position)
+
+
+class RelPosFamily(BiasedFamily):
+    """timm's VisionTransformerRelPos: a bias from a table or an MLP, and no positions beside it."""
+
+    MODEL = VisionTransformerRelPos
+    ABOUT = "ViT with relative positions"
+    SHARED = "shared_rel_pos"
+
+    def has_bias(self, block: Any) -> bool:
+        """See `BiasedFamily`."""
+        return block.attn.rel_pos is not None
+
+    def shared_bias(self) -> Tensor | None:
+        """See `BiasedFamily`."""
+        return None if self.model.shared_rel_pos is None else self.model.shared_rel_pos.get_bias()
+
+
+FAMILIES: tuple[type[Family], ...] = (Family, EvaFamily, BeitFamily, RelPosFamily, NaFlexFamily)

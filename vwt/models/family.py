@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.models.beit import Block as BeitBlock
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
 from vwt.errors import ArgumentError, ImageError, ModelError
@@ -31,10 +32,10 @@ def embed(patch_embed: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, in
     return output, (int(rows), int(columns))
 
 
-_PRE_NORM = (Block, EvaBlock, BeitBlock)
+_PRE_NORM = (Block, EvaBlock, BeitBlock, RelPosBlock)
 
 
-_POST_NORM = (ResPostBlock, EvaBlockPostNorm)
+_POST_NORM = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
 
 
 # Mean and standard deviation of images in [0, 1], one number a channel.
@@ -99,10 +100,10 @@ class Family:
         self._check_patches(getattr(model, "patch_embed", None))
 
     def _check_patches(self, patch_embed: nn.Module | None) -> None:
-        if type(patch_embed) is not PatchEmbed:
+        if type(patch_embed) not in (PatchEmbed, HybridEmbed):
             raise ModelError(
                 f"this {type(self.model).__name__} makes its patches with {type(patch_embed).__name__}, which is not "
-                f"supported; supported is {PatchEmbed.__module__}.{PatchEmbed.__name__}, one convolution over pixels"
+                "supported; supported are timm's PatchEmbed, one convolution over pixels, and HybridEmbed"
             )
 
     def forward(self, images: Tensor) -> Any:
@@ -155,7 +156,7 @@ class Family:
     @property
     def patch_size(self) -> tuple[int, int]:
         """(height, width) of a patch in pixels."""
-        height, width = self.model.patch_embed.patch_size
+        height, width = self.model.patch_embed.feat_ratio(as_scalar=False)
         return int(height), int(width)
 
     # -- embedding -----------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ class Family:
     @property
     def projection(self) -> Any:
         """The layer of it that is given pixels."""
-        return self.model.patch_embed.proj
+        return next(layer for layer in self.model.patch_embed.modules() if isinstance(layer, nn.Conv2d))
 
     def project(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to the embeddings of their patches (B, N, D), without position."""
@@ -210,7 +211,7 @@ class Family:
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ImageError, saying what to do, unless the model takes images of this height and width."""
         patch_embed = self.model.patch_embed
-        expected, patch = patch_embed.img_size, patch_embed.patch_size
+        expected, patch = patch_embed.img_size, self.patch_size
         if expected is not None and patch_embed.strict_img_size and size != tuple(expected):
             raise ImageError(
                 f"images are {size[0]}x{size[1]}, the model takes {expected[0]}x{expected[1]}; resize them, or create "
@@ -339,3 +340,11 @@ def check_multiple(size: tuple[int, int], patch: tuple[int, int]) -> None:
     """Raise ImageError unless images of height and width are made of whole patches."""
     if size[0] % patch[0] or size[1] % patch[1]:
         raise ImageError(f"images are {size[0]}x{size[1]}, no multiple of the patch {patch[0]}x{patch[1]}; resize them")
+
+
+def lost_places(model: nn.Module) -> ModelError:
+    """What is said of tokens without the places that a model with rotary positions needs."""
+    return ModelError(
+        f"{type(model).__name__} turns its tokens by their places, which these have lost; hand on `Packed` as "
+        "`VWTokenizer.pack` gives it, and cut it with `Packed.take`"
+    )

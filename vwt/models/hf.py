@@ -10,10 +10,39 @@ from vwt.errors import ModelError
 from vwt.models.blip import BlipTower
 from vwt.models.image_text import IMAGE_TEXT_MODELS, VISION, ImageTextModel
 from vwt.models.tower import Tower
-from vwt.models.towers import CLIPTower, Dinov2Tower, SiglipTower, ViTTower
+from vwt.models.towers import (
+    CLIPTower,
+    DeiTTower,
+    Dinov2Tower,
+    Dinov2WithRegistersTower,
+    DINOv3Tower,
+    IJepaTower,
+    SiglipTower,
+    ViTTower,
+)
 from vwt.models.vision_language import TOWER, TOWER_CLASSES, VISION_LANGUAGE_MODELS, VisionLanguageModel
 
-TOWERS: tuple[type[Tower], ...] = (CLIPTower, BlipTower, ViTTower, Dinov2Tower, SiglipTower)
+TOWERS: tuple[type[Tower], ...] = (
+    CLIPTower,
+    BlipTower,
+    ViTTower,
+    DeiTTower,
+    IJepaTower,
+    Dinov2Tower,
+    Dinov2WithRegistersTower,
+    DINOv3Tower,
+    SiglipTower,
+)
+
+# What is nearest to a model that cannot be wrapped, by the module of its class.
+INSTEAD = {
+    "vit_mae": "it masks and shuffles its patches at random: load its weights as transformers' ViTModel",
+    "siglip2": "its images come as patches, of any number: load a checkpoint of one image size as SiglipVisionModel, "
+    "another as timm's NaFlexVit",
+    "timm_wrapper": "it holds a model of timm: wrap that, its .timm_model",
+    "beit": "its attention has a bias for relative positions: load its weights as timm's Beit, which takes strategies",
+    "sam": "most of its blocks attend within windows of the grid, which fewer tokens do not fill",
+}
 
 
 def classes_of(tower: type[Tower]) -> list[type[nn.Module]]:
@@ -63,6 +92,9 @@ def describe() -> list[tuple[list[type[nn.Module]], str]]:
 
 def unsupported(kind: type) -> str:
     """Why models of a class cannot be wrapped."""
+    instead = INSTEAD.get(kind.__module__.split(".")[-2])
+    if instead is not None:
+        return f"{kind.__module__}.{kind.__name__} is not supported: {instead}"
     names = ", ".join(one.__name__ for kinds, _ in describe() for one in kinds)
     return (
         f"{kind.__module__}.{kind.__name__} is not supported; of transformers, vwt takes {names}; of a model that "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from vwt.errors import ModelError
@@ -119,6 +120,11 @@ def family_of(model: Any) -> Family:
         from vwt.models import hf
 
         raise ModelError(hf.unsupported(type(model)))
+    if isinstance(model, VisionTransformerSAM):
+        raise ModelError(
+            f"{kind} is not supported: its blocks attend within windows, and add a bias for the row and the column of "
+            "each place, both of the full grid; take another Vision Transformer of the same weights (`vwt models`)"
+        )
     names = ", ".join(family.MODEL.__name__ for family in FAMILIES)
     raise ModelError(
         f"{kind} is not supported: it is of no family that vwt knows, in which all blocks attend over one sequence of "

@@ -76,8 +76,8 @@ class Positions:
 
     @lazy_property
     def index(self) -> Tensor:
-        """(T,) int64: each token's row in the table of relative positions, in which the prefix token comes first."""
-        return torch.where(self.rows[:, 0] < 0, 0, _flat(self.rows, self.grid) + 1)
+        """(T,) int64: each token's row in the table of relative positions, in which a prefix token comes first."""
+        return torch.where(self.rows[:, 0] < 0, 0, _flat(self.rows, self.grid) + self.prefix)
 
     def replace(self, at: Tensor, lengths: Sequence[int], *, whole: bool) -> "Positions":
         """The places of other tokens of the same images."""

@@ -215,9 +215,9 @@ class _Bench:
         timed = measure_latency(
             self.model, reduced, self.images, self.batch_size, seed=self.seed, progress=self.progress
         )
-        points = [Point(None, PruningSchedule({}), *timed[0], 0.0, 1.0)]
-        for outcome, strategy, schedule, (ms, ratio) in zip(outcomes, strategies, schedules, timed[1:], strict=True):
-            points.append(Point(strategy, schedule, ms, ratio, outcome.kl, outcome.agreement))
+        points = [Point(None, PruningSchedule({}), timed[0].milliseconds, timed[0].ratio, 0.0, 1.0)]
+        for outcome, strategy, schedule, own in zip(outcomes, strategies, schedules, timed[1:], strict=True):
+            points.append(Point(strategy, schedule, own.milliseconds, own.ratio, outcome.kl, outcome.agreement))
         return points
 
 
