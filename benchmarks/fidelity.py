@@ -40,7 +40,7 @@ import numpy as np
 import operators
 import timm
 import torch
-from harness import WORDS, Bench, positive, weights_checksum
+from harness import WORDS, Bench, positive
 from image_cache import ImageCache
 from results import (
     Panel,
@@ -62,6 +62,7 @@ from vwt import InterImage
 from vwt.datasets import Batch, ImageSource
 from vwt.errors import ArgumentError, DataError
 from vwt.measure.timing import on_batches
+from vwt.models.spec import weights_checksum
 from vwt.tuning.calibration import compare
 
 COLUMNS = {
@@ -220,7 +221,7 @@ def has_labels(source: ImageSource, classes: int, class_map: Path | None) -> boo
 def scores_name(bench: Bench, modules: dict[str, Module], images: Images) -> str:
     """The file of the scores, named by all that they depend on, code, machine and versions included."""
     options = (bench.arguments.seed, bench.arguments.batch_size, bench.arguments.limit)
-    origin = (weights_checksum(bench.model), images.source.fingerprint(), images.source.input_size)
+    origin = (weights_checksum(bench.model.state_dict()), images.source.fingerprint(), images.source.input_size)
     digest = hashlib.blake2b(f"{origin}\n{bench.header['hardware']}\n{options}".encode(), digest_size=8)
     for name, module in modules.items():
         strategy, schedule = (getattr(module, part, None) for part in ("strategy", "schedule"))

@@ -1,7 +1,6 @@
 """What the benchmarks share: options, how a run begins and ends, model, images, codebooks, interleaved timing."""
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -278,12 +277,3 @@ def load_codebooks(
             run_build(arguments.words_data, model, config, out=path, resume=begun, progress=not arguments.quiet)
         codebooks.append(Codebook.load(path))
     return codebooks
-
-
-def weights_checksum(model: nn.Module) -> str:
-    """sha256 of a model's state."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """What was found of images, kept in a file, so that an interrupted run goes on."""
 
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vwt.documents import replacing
 from vwt.errors import ArgumentError, first_line
 
 EVERY = 60.0  # seconds after which what is new is written
@@ -56,13 +56,11 @@ class ImageCache:
         """
         if not self.fresh:
             return
-        draft = self.path.with_name(f".{self.path.name}.fresh")
         tensors = {"images": torch.tensor(list(self.known)), "values": torch.stack(list(self.known.values()))}
         try:
-            save_file(tensors, draft)
-            os.replace(draft, self.path)
+            with replacing(self.path) as draft:
+                save_file(tensors, draft)
         except Exception as error:  # safetensors has errors of its own for the disk's
-            draft.unlink(missing_ok=True)
             raise ArgumentError(f"cannot write {self.path}: {first_line(error)}; choose another --cache") from error
         self.fresh, self.saved = False, time.monotonic()
 

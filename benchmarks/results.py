@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from vwt.documents import replacing
 from vwt.errors import ArgumentError
 from vwt.pictures.figures import subplots
+from vwt.tuning.plan import pareto_front
 
 Row = dict[str, Any]
 
@@ -78,11 +79,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 def pareto(rows: Sequence[Row], cost: str, loss: str) -> list[Row]:
     """The rows that no other beats in both a cost and a loss, by rising cost; rows without the cost are left out."""
-    front: list[Row] = []
-    for row in sorted((r for r in rows if r.get(cost) is not None), key=lambda r: (r[cost], r[loss])):
-        if not front or row[loss] < front[-1][loss]:
-            front.append(row)
-    return front
+    known = [row for row in rows if row.get(cost) is not None]
+    return pareto_front(known, lambda row: (row[cost], row[loss]))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -136,9 +134,8 @@ def save_results(paths: Sequence[Path], header: Row, tables: dict[str, list[Row]
     writer.writerows(rows)
     content = json.dumps({**header, "tables": tables}, indent=2, default=str) + "\n"
     for path, new in zip(paths, (content, text.getvalue()), strict=True):
-        draft = path.with_name(path.name + ".new")
-        draft.write_text(new, newline="")
-        os.replace(draft, path)
+        with replacing(path) as draft:
+            draft.write_text(new, newline="")
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

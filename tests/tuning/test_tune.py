@@ -16,7 +16,7 @@ from vwt.errors import ArgumentError, ImageError
 from vwt.tuning import tune as tuning
 from vwt.tuning.calibration import Calibration, compare
 from vwt.tuning.notes import read_notes
-from vwt.tuning.plan import Point, pareto_front
+from vwt.tuning.plan import Point, front_of
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.tune import _choose
 
@@ -378,4 +378,4 @@ def test_the_least_change_within_a_budget_or_the_fastest_that_agrees(goal, chose
 
 def test_points_that_no_other_beats():
     worse = [point(90, 0.02), point(71, 0.05), point(101, 0.0)]
-    assert [p.milliseconds for p in pareto_front(FRONT + worse)] == [100, 82, 80, 70, 60]
+    assert [p.milliseconds for p in front_of(FRONT + worse)] == [100, 82, 80, 70, 60]

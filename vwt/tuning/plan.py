@@ -4,10 +4,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ from vwt.tuning.calibration import load_images
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
 from vwt.tuning.sharing import PATTERNS, make_card, pack_codebooks, unpack_codebook
+
+Item = TypeVar("Item")
 
 VERSION = 1
 
@@ -85,13 +87,18 @@ class Point:
         return f"{figures}  {self.name}"
 
 
-def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats in both latency and KL, the slowest first."""
-    front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.milliseconds, point.kl)):
-        if not front or point.kl < front[-1].kl:
+def pareto_front(points: Iterable[Item], costs: Callable[[Item], tuple[float, float]]) -> list[Item]:
+    """What no other beats in both of its costs, by rising first cost."""
+    front: list[Item] = []
+    for point in sorted(points, key=costs):
+        if not front or costs(point)[1] < costs(front[-1])[1]:
             front.append(point)
-    return front[::-1]
+    return front
+
+
+def front_of(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in both latency and KL, the slowest first."""
+    return pareto_front(points, lambda point: (point.milliseconds, point.kl))[::-1]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import ENOUGH, Calibration, check_enough, load_images
 from vwt.tuning.notes import Notes
-from vwt.tuning.plan import Plan, Point, describe, make_strategy, pareto_front
+from vwt.tuning.plan import Plan, Point, describe, front_of, make_strategy
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
 from vwt.tuning.search import FINALISTS, SCREENING_IMAGES, TRIES, Option, Outcome, Search
@@ -104,7 +104,7 @@ def tune(
     search = Search(profile, options, notes_, progress=progress)
     bench = _Bench(model, made, images, batch_size, seed, progress)
     points = _search_front(search, goal, bench)
-    front = pareto_front(points)
+    front = front_of(points)
     plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, _choose(points, goal), front)
     notes_.remove()
     return plan
@@ -234,7 +234,7 @@ def _choose(points: Sequence[Point], goal: Mapping[str, float]) -> Point:
     ]
     if not within:
         front = "; ".join(
-            f"ratio {p.ratio:.2f} ({p.milliseconds:.1f} ms): agreement {p.agreement:.3f}" for p in pareto_front(points)
+            f"ratio {p.ratio:.2f} ({p.milliseconds:.1f} ms): agreement {p.agreement:.3f}" for p in front_of(points)
         )
         raise ArgumentError(f"no plan reaches {dict(goal)}; what can be reached is {front}; ask for one of these")
     return min(within, key=lambda point: (point.kl, point.milliseconds))
