@@ -9,6 +9,8 @@ OLDEST_READY := $(OLDEST)/.ready
 # Processes that tests run in, the seed of `make test-random` and `make fuzz`, and damaged files of the latter.
 JOBS ?= 2
 MUTATIONS ?= 10000
+MINUTES ?= 60
+TIMES ?= 20
 SEED := $(or $(SEED),$(shell date +%s))
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
 
@@ -16,7 +18,7 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 MODEL ?= vit_tiny_patch16_224
 IMAGES ?= ../shared/data/eval
 
-.PHONY: setup demo test test-all test-random test-oldest fuzz lint types docs bench-quick clean
+.PHONY: setup demo test test-all test-random test-fresh test-oldest fuzz soak lint types docs bench-quick clean
 
 # $(call install,FOLDER,CONSTRAINTS): a virtual environment with vwt and all that its tests need
 define install
@@ -56,9 +58,20 @@ test-random: $(READY)
 	@echo "seed $(SEED)"
 	$(BIN)/python $(PYTEST) -m hypothesis --hypothesis-profile=random --hypothesis-seed=$(SEED)
 
+# `make test` TIMES times in a row, each time in another order and with other seeds; it stops where one fails.
+test-fresh: $(READY)
+	for seed in $$(seq $(SEED) $$(($(SEED) + $(TIMES) - 1))); do \
+		VWT_TEST_SEED=$$seed PYTHONHASHSEED=$$((seed % 4294967296)) $(BIN)/python $(PYTEST) -m "not slow" \
+			-p tests.shuffled --hypothesis-profile=fresh --hypothesis-seed=$$seed || exit 1; \
+	done
+
 # Damaged codebooks, plans, schedules, profiles, notes and results; `tests/fuzz.py` says what must become of them.
 fuzz: $(READY)
 	PYTHONPATH=benchmarks $(BIN)/python -m tests.fuzz --mutations $(MUTATIONS) --seed $(SEED)
+
+# Mixed calls of several threads; SOAK=... hands options on, such as --checkpoint FILE.
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(SOAK)
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python $(PYTEST)

@@ -5,6 +5,7 @@
     python benchmarks/latency.py --model MODEL --matching [--words 1000 pixel:10000 ...]
     python benchmarks/latency.py --model MODEL --scaling
     python benchmarks/latency.py --model MODEL --runtime all
+    python benchmarks/latency.py --model MODEL --training --batch-size 16
 
 Protocol: images are drawn with a seed and put into batches. Every variant (see `variants.py`) runs on every batch, in
 turn in one process, after a warm-up on several batches; the order of the variants is drawn anew for each batch and run.
@@ -20,6 +21,7 @@ the mean over images and blocks of what enters.
 answers on all images. --scaling shows how time grows with images in a batch, with words, and with resolution; the
 exponent is the slope in logarithms, 1 is linear. --runtime has a row for each runtime and precision (see
 `runtimes.py`), each in a process of its own, with its own full model.
+--training times a training step (forward, backward, AdamW).
 """
 
 import argparse
@@ -34,6 +36,7 @@ import runtimes
 import scaling
 import torch
 import torch.nn.functional as F
+import training
 from harness import WORDS, Bench, positive
 from results import Panel, Row, plot, print_table, ratio, save_results, spread
 from torch import Tensor, nn
@@ -60,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--runtime", nargs="+", type=runtimes.runtime_and_precisions, metavar="NAME[:PRECISION]",
         help="a row for each runtime and precision instead; all, or some",
     )  # fmt: skip
+    parser.add_argument("--training", action="store_true", help="a table of training steps instead")
     parser.add_argument("--sizes", nargs="+", type=positive, default=[224, 384, 512], help="pixels, for --scaling")
 
 
@@ -69,6 +73,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise ArgumentError("--plot draws the table of latency; leave out --matching, --scaling and --runtime")
     if arguments.runtime and (arguments.torchcompile or arguments.precision != "float32"):
         raise ArgumentError("--runtime names precisions itself, and compile; leave out --precision and --torchcompile")
+    if arguments.training and (arguments.matching or arguments.scaling or arguments.runtime):
+        raise ArgumentError("--training is another table; leave out --matching, --scaling and --runtime")
+    with torch.inference_mode(not arguments.training):
+        make_tables(arguments)
+
+
+def make_tables(arguments: argparse.Namespace) -> None:
+    """Measure, print and save what the options ask for."""
     other = scaling.WORDS if arguments.matching or arguments.scaling else []
     bench = Bench.open(arguments, WORDS if not (other or arguments.runtime) else other)
     batches = bench.batches()
@@ -84,8 +96,11 @@ def run(arguments: argparse.Namespace) -> None:
         tables["runtimes"] = runtimes.measure(bench)
         print_table("Runtimes, ratios to the full model in the same one", tables["runtimes"], runtimes.COLUMNS)
     if not tables:
-        tables["latency"] = measure(bench, choose(registry(bench), arguments.only), batches)
-        print_table("Latency, milliseconds a batch", tables["latency"], COLUMNS)
+        variants = choose(registry(bench), arguments.only)
+        variants = training.steps(variants) if arguments.training else variants
+        tables["latency"] = measure(bench, variants, batches)
+        what = "Training steps, milliseconds" if arguments.training else "Latency, milliseconds a batch"
+        print_table(what, tables["latency"], COLUMNS)
     save_results(bench.paths, bench.header, tables)
     if arguments.plot:
         plot(arguments.plot, tables["latency"], [PANEL], f"{title}\n{bench.header['hardware']}")
@@ -97,12 +112,17 @@ def measure(bench: Bench, variants: Sequence[Variant], batches: list[Tensor]) ->
     with bench.autocast():
         calls = [make_calls(bench, module, batches) for module in modules.values()]
         tokens = {
-            name: float(torch.cat([mean_tokens(bench, module, batch) for batch in batches]).mean())
+            name: float(torch.cat([mean_tokens(bench, reduced(module), batch) for batch in batches]).mean())
             for name, module in modules.items()
         }
     seconds = dict(zip(modules, bench.time(calls, len(batches)), strict=True))
     rows = [make_row(variant, tokens, seconds, len(batches[0])) for variant in variants if variant.name in modules]
     return with_notes(variants, rows, notes)
+
+
+def reduced(module: Module) -> Module:
+    """What reduces tokens in a module: itself, or what a training step trains."""
+    return module.module if isinstance(module, training.Step) else module
 
 
 def make_row(variant: Variant, tokens: dict[str, float], seconds: dict[str, Seconds], batch_size: int) -> Row:

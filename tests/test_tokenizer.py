@@ -417,6 +417,8 @@ def test_patch_dropout_in_train_mode_is_refused(images):
         torch.manual_seed(0)
         outputs.append(module(images))
     assert torch.equal(*outputs)
+    model.patch_drop = torch.nn.Identity()  # as the message says
+    assert fast.train()(images).requires_grad
 
 
 # -- fewer tokens inside the blocks ------------------------------------------------------------------------------------

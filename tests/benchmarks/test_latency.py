@@ -12,9 +12,11 @@ import pytest
 import scaling
 import torch
 import torch.nn.functional as F
+import training
 from variants import Variant
 
-from vwt import PruningSchedule, VWTokenizer
+from vwt import Neighbours, PruningSchedule, VWTokenizer
+from vwt.errors import ArgumentError
 
 TINY = ["--model", "test_vit", "--random-weights", "--data", "images", "--words-data", "images", "--quiet"]
 QUICK = [*TINY, "--images", "4", "--runs", "1", "--words", "20", "--threshold", "0.1"]
@@ -219,3 +221,40 @@ def test_scaling(run):
         ("ms", "patches"),
     }
     assert "Exponents" in out
+
+
+# -- training steps ----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_trains_the_full_model_and_leaves_its_weights(small_vit):
+    before = {name: value.clone() for name, value in small_vit.state_dict().items()}
+    step = training.Step(VWTokenizer(small_vit, Neighbours(0.25)))
+    trained = []
+    hook = small_vit.blocks[0].attn.qkv.weight.register_post_accumulate_grad_hook(
+        lambda w: trained.append(w.grad.any())
+    )
+    images = torch.randn(3, 3, 160, 160)
+    assert step(images) == step(images) > 0
+    hook.remove()
+    assert trained == [True, True]
+    assert all(torch.equal(value, before[name]) for name, value in small_vit.state_dict().items())
+    assert small_vit.training
+
+
+@pytest.mark.parametrize("module", [len, torch.nn.ReLU(), torch.nn.Linear(2, 2).requires_grad_(False)])
+def test_what_has_no_weights_is_not_trained(module):
+    with pytest.raises(ArgumentError, match="no weights to train"):
+        training.Step(module)
+
+
+def test_a_table_of_training_steps(run):
+    options = [*QUICK, "--batch-size", "2", "--training"]
+    status, out, err = run(latency.main, [*options, "--only", "Neighbours 0.225", "int8"])
+    assert status == 0, err
+    assert "Training steps, milliseconds" in out
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][1:] == [
+        "---", "full", "int8 (torchao, dynamic)", "Neighbours 0.225"
+    ]  # fmt: skip
+    status, _, err = run(latency.main, [*options, "--scaling"])
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--training is another table" in err

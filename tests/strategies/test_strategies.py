@@ -552,3 +552,12 @@ def test_first_without_gradients_and_then_with_them(small_vit, name):
     gradient = small_vit.patch_embed.proj.weight.grad
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
+
+
+def test_neighbours_forgets_boards_of_many_sizes_of_images():
+    strategy = Neighbours(0.25)
+    for rows in range(2, 100):
+        features = torch.randn(1, 4 * rows, 8, generator=torch.Generator().manual_seed(rows))
+        assert strategy(features, (rows, 4)).count == 4 * rows - rows
+        assert len(strategy._boards) <= 32
+    assert torch.equal(strategy(features, (99, 4)).group, Neighbours(0.25)(features, (99, 4)).group)

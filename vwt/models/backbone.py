@@ -178,7 +178,10 @@ class Backbone:
     def check_reducible(self) -> None:
         """Raise ModelError if the model itself drops patches at random, as it does in training with patch dropout."""
         if self.family.drops_patches:
-            raise ModelError("the model drops patches itself (patch_drop_rate) in train mode; call .eval() first")
+            raise ModelError(
+                "the model drops patches itself (patch_drop_rate) in train mode; call .eval(), or, to train it "
+                "on fewer tokens, create it with patch_drop_rate=0 or set model.patch_drop = torch.nn.Identity()"
+            )
 
     def check_alone(self) -> None:
         """Raise ArgumentError for a model of images and text, of which only the vision tower can be measured."""

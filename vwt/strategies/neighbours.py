@@ -112,10 +112,14 @@ class Neighbours(nn.Module):
         if torch.compiler.is_compiling():  # which folds constants itself
             return _make_checkerboard(grid, self.always, device)
         key = (grid, device)
-        if key not in self._boards:
+        board = self._boards.get(key)
+        if board is None:
             with torch.inference_mode(False):  # they serve later calls, with gradients too
-                self._boards[key] = _make_checkerboard(grid, self.always, device)
-        return self._boards[key]
+                board = _make_checkerboard(grid, self.always, device)
+            if len(self._boards) >= _KEPT:
+                self._boards = {}  # at once, as other threads may read it
+            self._boards[key] = board
+        return board
 
     def extra_repr(self) -> str:
         """For repr()."""
@@ -146,6 +150,9 @@ class _Checkerboard(NamedTuple):
 
 
 _FAR = 1e3  # from any likeness
+
+
+_KEPT = 32  # boards, each of a size of images and a device; then all are forgotten
 
 
 def _make_checkerboard(grid: tuple[int, int], always: Sequence[int], device: torch.device) -> _Checkerboard:
