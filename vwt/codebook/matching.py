@@ -137,7 +137,13 @@ class WordIndex(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WordIndex":
         # Words follow the model to its device but keep their precision: others would be nearest in half of it.
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
+        def moved(tensor: Tensor) -> Tensor:
+            like = fn(tensor.new_empty(1))
+            here = tensor.to(like.device)
+            return here.share_memory_() if like.is_shared() else here
+
+        return super()._apply(moved, recurse)
 
     def _match_all(self, features: Tensor, threshold: float) -> Tensor:
         """By comparing all pairs in float32."""
