@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.reductions.test_reductions import make_model
 from torch.func import functional_call
 
 from tests.matrix import matrix
+from tests.reductions.cases import make_model
 from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.models.spec import PatchSpec
 

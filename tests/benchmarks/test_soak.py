@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import soak
 import torch
-from tests.reductions.test_reductions import make_model
 
+from tests.reductions.cases import make_model
 from tests.test_datasets import write_images
 from vwt import Absorb, Neighbours, PruningSchedule, VWTokenizer
 from vwt.errors import VWTError
