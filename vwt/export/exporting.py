@@ -180,7 +180,7 @@ def _compare(
     answers = _answers(kind.open(fresh, precision, None), images)
     reference = _answers(Answer(fast, precision), images)
     runs = [kind.open(file, precision, (batch_size, *images.shape[1:])) for file in (whole, fresh)]
-    _, (ms, ratio) = measure_latency(runs[0], runs[1:], images, batch_size, progress=progress)
+    _, (ms, ratio, _) = measure_latency(runs[0], runs[1:], images, batch_size, progress=progress)
     furthest = (reference - answers).abs().flatten(1).amax(dim=1)
     return Parity(
         path=str(fresh),
