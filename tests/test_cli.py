@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from vwt.cli import COMMANDS, main
 from vwt.codebook.config import BuildConfig, BuildReport
 from vwt.commands import OPTIONS, build_summary, read_strategy
 from vwt.tuning import tune as tuning
+from vwt.tuning.plan import Point
 
 PIXEL = {"--model": "test_vit", "--space": "pixel", "--words": "16", "--out": "w.zarr", "--workers": "0"}
 EMBEDDING = PIXEL | {"--space": "embedding", "--checkpoint": "weights.safetensors"}
@@ -520,3 +522,66 @@ def test_an_interrupt_says_how_to_go_on(capsys, photos, profile, monkeypatch, na
     assert (status, out, err.strip()) == (130, "", f"vwt: interrupted{advice}")
     assert not os.path.exists(options["--out"])
     assert os.path.exists("plan.json.tuning") == (name == "tune")
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+REPORT = MODEL | {"--plan": "plan.json", "--images": "images", "--out": "report.html"}
+
+
+@pytest.fixture
+def plan(folder):
+    """Of the model that the commands are called with."""
+    own = LatencyProfile.identify(timm.create_model("test_vit").eval())
+    machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
+    point = Point({"name": "Neighbours", "drop": 0.2}, PruningSchedule({2: 8}), 8.0, 0.8, 0.1, 0.9)
+    made = Plan(own["model"], 1, own["dtype"], machine, {"ratio": 0.8}, point, [point])
+    made.save("plan.json")
+    return made
+
+
+def test_report(capsys, plan):
+    (Path("images") / "b" / "001.jpg").write_bytes(b"no image")
+    status, out, err = run(capsys, call("report", REPORT))
+    assert (status, out) == (0, "report.html\n")
+    assert err == "vwt: left out 1 images that cannot be read: b/001.jpg (not an image, or empty)\n"
+    text = Path("report.html").read_text(encoding="utf-8")
+    assert "vwt report --quiet --model test_vit" in text
+    assert "Neighbours(drop=0.2) + Prune(8) in block 2" in text
+
+
+def test_tune_writes_a_report_too(capsys, photos, plan, monkeypatch):
+    monkeypatch.setattr("vwt.commands.tune", lambda *_, **__: plan)
+    status, out, err = run(capsys, call("tune", TUNE | {"--report": "report.html"}))
+    assert (status, err) == (0, "")
+    assert out == f"{plan}\nplan.json\nreport.html\n"
+    assert "vwt tune --quiet" in Path("report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--plan": "absent.json"}, "cannot read the plan absent.json"),
+        ({"--plan": "notes.safetensors"}, "damaged or no plan"),
+        ({"--images": "absent"}, "no such folder or file: absent"),
+        ({"--images": "empty"}, "no image|Found 0 images"),
+        ({"--out": "absent/report.html"}, "cannot write the report absent/report.html: there is no such folder"),
+        ({"--out": "report.pdf"}, r"cannot write the report report.pdf; expected a name that ends in \.html"),
+        ({"--dtype": "bfloat16"}, "the plan was tuned for dtype 'float32', here 'bfloat16'"),
+    ],
+)
+def test_report_errors_are_one_line(capsys, plan, changes, message):
+    assert re.search(message, one_line(*run(capsys, call("report", REPORT | changes))))
+    assert not os.path.exists("report.html")
+
+
+@pytest.mark.parametrize(("name", "place"), [("report", "--out"), ("tune", "--report")])
+@pytest.mark.parametrize("fault", ["folder", "package"])
+def test_a_report_that_cannot_be_written_is_noticed_first(capsys, plan, photos, monkeypatch, name, place, fault):
+    monkeypatch.setattr("vwt.commands.create_model", lambda *_, **__: pytest.fail("came too late"))
+    path = "absent/report.html" if fault == "folder" else "report.html"
+    if fault == "package":
+        monkeypatch.setitem(sys.modules, "altair", None)
+    message = "there is no such folder" if fault == "folder" else r"a report needs altair; pip install 'vwt\[report\]'"
+    line = one_line(*run(capsys, call(name, {"report": REPORT, "tune": TUNE}[name] | {place: path})))
+    assert re.search(message, line)
