@@ -205,9 +205,9 @@ def all_others(model: nn.Module) -> dict[str, list[tuple[str, Any]]]:
     """Other methods, each with several amounts, by name."""
     wrap: Callable[..., Any] = partial(vwt.VWTokenizer, model, check=False)
     blocks = range(Backbone(model).depth)
-    shares = (0.1, 0.2, 0.3, 0.4, 0.5)
+    merged, shares = (7, 10, 13, 16, 19, 22), (0.1, 0.2, 0.3, 0.4, 0.5)
     return {
-        "ToMe": [(f"ToMe, r = {r}", peers.TokenMerging(model, dict.fromkeys(blocks, r))) for r in (7, 10, 13, 16, 19, 22)],
+        "ToMe": [(f"ToMe, r = {r}", peers.TokenMerging(model, dict.fromkeys(blocks, r))) for r in merged],
         "POMT": [(f"POMT, R = {n} in block 3", peers.PruneOneMoreToken(model, {3: n})) for n in (42, 63, 84, 105, 126)],
         "VWT paper": [(f"VWT intra-image, drop {share:g}", wrap(vwt.IntraImage(share))) for share in shares],
         "random drop": [(f"random dropping, {share:g}", wrap(peers.RandomDrop(share))) for share in shares],
