@@ -33,7 +33,7 @@ from vwt.pictures.report.front import Row
 from vwt.pictures.report.report import write_report
 from vwt.reductions.reduction import patches_entering
 from vwt.tuning.calibration import Calibration, compare
-from vwt.tuning.plan import Plan, Point, pareto_front
+from vwt.tuning.plan import Plan, Point, front_of
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.search import Option, Search
 
@@ -176,7 +176,7 @@ def make_plan(model: nn.Module, rows: Sequence[Row], points: dict[float, Point])
         Point(point.strategy, point.schedule, row.milliseconds, row.ratio, row.kl, row.agreement)
         for point, row in zip(points.values(), measured, strict=True)
     ]
-    front = pareto_front([Point(None, vwt.PruningSchedule({}), rows[0].milliseconds, 1.0, 0.0, 1.0), *found])
+    front = front_of([Point(None, vwt.PruningSchedule({}), rows[0].milliseconds, 1.0, 0.0, 1.0), *found])
     machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
     return Plan(own["model"], 1, own["dtype"], machine, {"ratio": BUDGETS[0]}, found[0], front)
 
