@@ -160,6 +160,10 @@ class Backbone:
                 + ("; add a batch dimension with images[None]" if images.ndim == 3 else "")
             )
         weight = self.weight
+        if weight.is_meta:
+            raise ModelError(
+                f"this {type(self.model).__name__} is on the meta device, without weights; load them, and wrap it then"
+            )
         if images.device != weight.device:
             raise ImageError(f"images are on {images.device}, the model is on {weight.device}; move one with .to()")
         autocast = torch.is_autocast_enabled(images.device.type)
