@@ -45,7 +45,7 @@ import peers  # noqa: E402, the comparators are no part of the library
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 OUT = Path("demo")
 BUDGETS = (0.8, 0.7)  # of the model's latency
-TUNED, TRIED = 48, 192  # images to search on, and others to compare on
+TUNED, TRIED = 48, 128  # images to search on, and others to compare on
 DROPS = (0.15, 0.25)  # of Neighbours
 TRIES, FINALISTS = 12, 3  # of each search
 TIMED, RUNS, FEW_RUNS = 4, 10, 4  # images, and how often each is timed
@@ -54,6 +54,7 @@ BATCH = 16
 
 def main() -> int:
     """Run the demo; writes to `demo/`."""
+    OUT.mkdir(exist_ok=True)
     model, trained = load_model()
     tuned_on, tried_on, folder = load_images(model)
     print(f"\n{MODEL}, {len(tried_on)} images of 224 x 224 pixels\n")
