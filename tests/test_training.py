@@ -51,9 +51,10 @@ QUICK = [("Neighbours", "Absorb"), ("Neighbours, ragged", "all"), ("InterImage",
 pairs = pytest.mark.parametrize(("strategy", "schedule"), matrix(PAIRS, *QUICK))
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
 @pairs
-def test_gradients_are_those_of_finite_differences(strategy, schedule):
-    fast = make_reduced(strategy, schedule).double()
+def test_gradients_are_those_of_finite_differences(strategy, schedule, pool):
+    fast = make_reduced(strategy, schedule, global_pool=pool).double()
     images = make_images().double().requires_grad_()
     weight = dict(fast.named_parameters())[WEIGHT].detach().clone().requires_grad_()
     if strategy != "none":

@@ -388,9 +388,9 @@ def _as_batch(packed: Packed) -> Tensor:
 
 
 def _pool(tokens: Tensor, sizes: Tensor, prefix: int, skipped: int, kind: str) -> Tensor:
-    """Pool tokens (B, P + n, C), of which n have sizes (B, n), over all but the first `skipped`: (B, C) float32."""
+    """Pool tokens (B, P + n, C), of which n have sizes (B, n), over all but `skipped`: (B, C), float32 or wider."""
     sizes = F.pad(sizes, (prefix, 0), value=1.0)[:, skipped:, None]
-    tokens = tokens[:, skipped:].float()
+    tokens = tokens[:, skipped:].to(torch.promote_types(tokens.dtype, torch.float32))
     mean = (tokens * sizes).sum(1) / sizes.sum(1)
     if kind == "avg":
         return mean
