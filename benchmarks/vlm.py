@@ -24,11 +24,9 @@ from typing import Any
 
 import harness
 import torch
-import torch.nn.functional as F
 from harness import PRECISIONS, place, positive
 from PIL import Image
 from results import Row, print_table, ratio, results_paths, save_results, spread
-from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -43,6 +41,8 @@ from vwt import Absorb, IntraImage, Merge, Neighbours, Prune, VWTokenizer
 from vwt.errors import ArgumentError, DataError, first_line
 from vwt.measure.environment import hardware
 from vwt.measure.timing import Calls, interleave
+from vwt.tuning.calibration import compare
+from vwt.tuning.prompts import next_logits, prefill
 
 COLUMNS = {
     "name": "", "tokens": ".0f", "ms": ".1f", "ms_q1": ".1f", "ms_q3": ".1f", "ratio": ".3f", "tower_ms": ".1f",
@@ -152,7 +152,7 @@ def measure(arguments: argparse.Namespace, model: Any, prompts: list[Inputs], de
     for name, fast in variants.items():
         cut = [fast.processor_inputs(**prompt) for prompt in prompts]
         tokens[name] = mean(count_images(model, prompt) for prompt in cut)
-        logits[name] = torch.cat([prefill(fast, prompt).logits[:, -1] for prompt in prompts]).float()
+        logits[name] = torch.cat([next_logits(fast, prompt) for prompt in prompts])
         calls.append(make_calls(model, fast, prompts, [count_images(model, prompt) for prompt in cut]))
     progress = not arguments.quiet
     seconds = interleave(calls, len(prompts), arguments.runs, device=device, seed=arguments.seed, progress=progress)
@@ -165,7 +165,8 @@ def measure(arguments: argparse.Namespace, model: Any, prompts: list[Inputs], de
         if "limit" in own:
             row |= {"limit_ms": spread(own["limit"])[1], "efficiency": ratio(own["limit"], own["actual"])}
         if arguments.model:
-            row |= compare(logits[name], logits["full"])
+            fidelity = compare(logits["full"], logits[name])
+            row |= {"kl": fidelity.mean_kl, "agreement": fidelity.agreement}
         rows.append(row)
     return rows
 
@@ -204,11 +205,6 @@ def limit(model: Any, prompts: list[Inputs], counts: list[int]) -> Callable[[int
     return call
 
 
-def prefill(model: Callable[..., Any], inputs: Inputs) -> Any:
-    """What `generate` does with a prompt."""
-    return model(**inputs, use_cache=True, logits_to_keep=1)
-
-
 def count_images(model: Any, inputs: Inputs) -> int:
     """Image tokens of prompts."""
     return int((inputs["input_ids"] == model.config.image_token_id).sum())
@@ -217,12 +213,6 @@ def count_images(model: Any, inputs: Inputs) -> int:
 def mean(values: Any) -> float:
     """Of numbers."""
     return float(torch.tensor(list(values), dtype=torch.float64).mean())
-
-
-def compare(logits: Tensor, full: Tensor) -> Row:
-    """Mean KL of next-token distributions from the full model's (prompts, V), and how often they agree."""
-    kl = F.kl_div(logits.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="batchmean")
-    return {"kl": float(kl), "agreement": float((logits.argmax(-1) == full.argmax(-1)).double().mean())}
 
 
 main = partial(harness.main, "vlm", __doc__, add_options, run)

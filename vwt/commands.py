@@ -32,10 +32,11 @@ from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tokens.patches import SPACES
 from vwt.tuning.calibration import ENOUGH, Calibration, load_images
+from vwt.tuning.goal import check_goal
 from vwt.tuning.plan import CHECKED, Plan
 from vwt.tuning.profile import POINTS, RUNS, LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
-from vwt.tuning.tune import check_goal, tune
+from vwt.tuning.tune import tune
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:

@@ -56,7 +56,7 @@ def test_classes_of_transformers(capsys):
     expected = [
         "BlipForConditionalGeneration: supported, BLIP; images of one size",
         "Dinov2Model: supported, DINOv2",
-        "PaliGemmaForConditionalGeneration: supported, PaliGemma; images of one size",
+        "PaliGemmaForConditionalGeneration: supported, PaliGemma; images of one size; tuned on prompts",
     ]
     assert capsys.readouterr().out.splitlines() == expected
     assert main(["models", "SwinModel"]) == 1

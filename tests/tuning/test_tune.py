@@ -15,10 +15,10 @@ from vwt import Neighbours, Plan, PruningSchedule, tune
 from vwt.errors import ArgumentError, ImageError
 from vwt.tuning import tune as tuning
 from vwt.tuning.calibration import Calibration, compare
+from vwt.tuning.goal import SLACK, choose
 from vwt.tuning.notes import read_notes
 from vwt.tuning.plan import Point, front_of
 from vwt.tuning.profile import LatencyProfile
-from vwt.tuning.tune import _choose
 
 IMAGES = make_images(20)
 
@@ -77,7 +77,7 @@ def test_a_plan_for_a_ratio(tmp_path):
     plan = run(ratio=0.7)
     check_plan(plan)
     assert plan.goal == {"ratio": 0.7}
-    assert plan.chosen.ratio <= 0.7 * tuning.SLACK
+    assert plan.chosen.ratio <= 0.7 * SLACK
     assert any(point.strategy is None and not point.schedule for point in plan.front)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -87,7 +87,7 @@ def test_a_plan_for_milliseconds():
     full = make_profile().predict()
     plan = run(milliseconds=0.75 * full)
     check_plan(plan)
-    assert plan.chosen.milliseconds <= 0.75 * full * tuning.SLACK
+    assert plan.chosen.milliseconds <= 0.75 * full * SLACK
 
 
 def test_the_fastest_that_agrees_enough():
@@ -132,7 +132,7 @@ def test_words_are_tried_where_there_is_a_codebook(tmp_path, monkeypatch):
 
 def test_images_of_a_folder(tmp_path):
     plan = run(write_images(tmp_path / "images", 16), ratio=0.8)
-    assert plan.chosen.ratio <= 0.8 * tuning.SLACK
+    assert plan.chosen.ratio <= 0.8 * SLACK
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 5), (7, 7), (14, 14)])
@@ -373,7 +373,7 @@ FRONT = [point(100, 0.0), point(80, 0.02, 0.97), point(82, 0.01, 0.98), point(70
     ],
 )
 def test_the_least_change_within_a_budget_or_the_fastest_that_agrees(goal, chosen):
-    assert _choose(FRONT, goal).milliseconds == chosen
+    assert choose(FRONT, goal).milliseconds == chosen
 
 
 def test_points_that_no_other_beats():

@@ -42,9 +42,21 @@ def measure_latency(
     if len(images) < batch_size:
         raise ArgumentError(f"{len(images)} images do not fill a batch of {batch_size}; give more")
     batches = [batch for batch in images[: TIMED * batch_size].split(batch_size) if len(batch) == batch_size]
-    calls: list[Calls] = [{"run": on_batches(module, batches)} for module in (model, *reduced)]
+    return measure_batches([model, *reduced], batches, device=images.device, seed=seed, progress=progress)
+
+
+def measure_batches(
+    modules: Sequence[Callable[[Any], Any]],
+    batches: Sequence[Any],
+    *,
+    device: torch.device,
+    seed: int = 0,
+    progress: bool = True,
+) -> list["Latency"]:
+    """The latency of modules on each of the batches, interleaved in one run; ratios are to the first module."""
+    calls: list[Calls] = [{"run": on_batches(module, batches)} for module in modules]
     with torch.inference_mode():
-        seconds = interleave(calls, len(batches), TIMED_RUNS, device=images.device, seed=seed, progress=progress)
+        seconds = interleave(calls, len(batches), TIMED_RUNS, device=device, seed=seed, progress=progress)
     return [_latency(timed["run"], seconds[0]["run"]) for timed in seconds]
 
 
@@ -103,7 +115,7 @@ Calls: TypeAlias = dict[str, Callable[[int], Any]]
 Seconds: TypeAlias = dict[str, np.ndarray]
 
 
-def on_batches(module: Callable[..., Any], batches: Sequence[Tensor]) -> Callable[[int], Any]:
+def on_batches(module: Callable[..., Any], batches: Sequence[Any]) -> Callable[[int], Any]:
     """A call that takes the index of a batch and runs the module on it."""
     return lambda item: module(batches[item])
 

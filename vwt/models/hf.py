@@ -87,7 +87,7 @@ def _vision_tower_read_by_layers(model: Any) -> Tower:
 def describe() -> list[tuple[list[type[nn.Module]], str]]:
     """The classes of models that can be wrapped, by family, and what there is to say of each family."""
     towers = [(classes_of(tower), tower.ABOUT) for tower in TOWERS]
-    return [*towers, *(([kind], about) for kind, about in VISION_LANGUAGE_MODELS.items())]
+    return [*towers, *(([kind], f"{about}; tuned on prompts") for kind, about in VISION_LANGUAGE_MODELS.items())]
 
 
 def unsupported(kind: type) -> str:

@@ -17,13 +17,14 @@ from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief, first_line
 from vwt.export.exporting import Parity, check_target, export
 from vwt.measure.environment import is_machine, other_threads
+from vwt.reductions.reduction import Reduction
 from vwt.strategies.inter_image import InterImage
 from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import load_images
 from vwt.tuning.profile import LatencyProfile
-from vwt.tuning.schedule import PruningSchedule
+from vwt.tuning.schedule import PruningSchedule, read_reduction
 from vwt.tuning.sharing import PATTERNS, make_card, pack_codebooks, unpack_codebook
 
 Item = TypeVar("Item")
@@ -46,8 +47,9 @@ class Point:
         schedule: reductions inside the blocks.
         milliseconds: measured, a batch.
         ratio: of that to the model itself, measured in the same run.
-        kl: mean KL(model ‖ reduced) over the calibration images, in nats.
-        agreement: share of them in which the first class is the model's.
+        kl: mean KL(model ‖ reduced) over the calibration images or prompts, in nats.
+        agreement: share of them in which the first class, or the next token, is the model's.
+        after: a reduction of the image tokens that a language model reads in its prompt, see `VWTokenizer`.
     """
 
     strategy: dict[str, Any] | None
@@ -56,29 +58,45 @@ class Point:
     ratio: float
     kl: float
     agreement: float
+    after: Reduction | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it is written into files."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"schedule": self.schedule.to_json()}
+        row = {field.name: getattr(self, field.name) for field in fields(self)} | {"schedule": self.schedule.to_json()}
+        after = row.pop("after")
+        return row if after is None else row | {"after": {"operation": after.kind, "amount": after.amount}}
 
     @classmethod
     def from_json(cls, row: Any, origin: str) -> "Point":
         """What `to_json` gave; raises DocumentError for anything else."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(row, dict) or set(row) != names:
+        if not isinstance(row, dict) or {*row, "after"} != names:
             raise DocumentError(f"{origin} has a point with other fields than {', '.join(sorted(names))}; tune again")
         numbers = [row[name] for name in ("milliseconds", "ratio", "kl", "agreement")]
         if not all(map(is_number, numbers)):
             raise DocumentError(f"{origin} has a point whose figures are no numbers; tune again")
         if not _is_strategy(row["strategy"]):
             raise DocumentError(f"{origin} has the strategy {brief(row['strategy'])}; tune again")
-        return cls(**row | {"schedule": PruningSchedule.from_json(row["schedule"], origin)})
+        after = row.get("after")
+        if after is not None:
+            if not isinstance(after, dict) or set(after) != {"operation", "amount"}:
+                raise DocumentError(
+                    f"{origin} has after {brief(after)}; expected an operation and an amount; tune again"
+                )
+            after = read_reduction(after, origin)
+        return cls(**row | {"schedule": PruningSchedule.from_json(row["schedule"], origin), "after": after})
 
     @property
     def name(self) -> str:
         """The strategy and the schedule as they would be written in Python."""
         what = ", ".join(f"{what!r} in block {block}" for block, what in self.schedule.items())
-        return " + ".join(part for part in (describe(self.strategy), what) if part) or "the model itself"
+        after = "" if self.after is None else f"after={self.after!r}"
+        return " + ".join(part for part in (describe(self.strategy), what, after) if part) or "the model itself"
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it is anything but the model itself."""
+        return self.strategy is not None or bool(self.schedule) or self.after is not None
 
     def __str__(self) -> str:
         figures = (
@@ -142,7 +160,8 @@ class Plan:
             raise MismatchError(f"the plan was tuned for {'; '.join(others)}; tune again, or apply it with force")
         if threads := other_threads(self.machine):
             warnings.warn(f"the plan was tuned with {threads}; its latency holds for those", stacklevel=2)
-        return VWTokenizer(model, make_strategy(self.chosen.strategy), self.chosen.schedule)
+        chosen = self.chosen
+        return VWTokenizer(model, make_strategy(chosen.strategy), chosen.schedule, after=chosen.after)
 
     def report(
         self,
@@ -210,7 +229,7 @@ class Plan:
         rows = sorted(self.front, key=lambda point: -point.ratio)
         goal = ", ".join(f"{name} {value:g}" for name, value in self.goal.items())
         lines = ["ratio   latency", *map(str, rows), f"chosen for {goal}:", str(self.chosen)]
-        if not self.chosen.schedule and self.chosen.strategy is None:
+        if not self.chosen.reduces:
             lines.append("no plan is faster than the model itself for this goal: leave it as it is")
         return "\n".join(lines)
 

@@ -212,13 +212,10 @@ class PruningSchedule(Mapping[int, Reduction]):
                 raise DocumentError(
                     f"{origin} has the reduction {brief(row)}; expected a block, an operation and an amount"
                 )
-            kind = KINDS.get(str(row["operation"]))
-            if kind is None:
-                operation, known = brief(row["operation"]), " or ".join(KINDS)
-                raise DocumentError(f"{origin} has the operation {operation}; expected {known}")
+            reduction = read_reduction(row, origin)
             try:
-                block, reduction = _check_block(row["block"]), kind(row["amount"])
-            except (ArgumentError, TypeError) as error:
+                block = _check_block(row["block"])
+            except ArgumentError as error:
                 raise DocumentError(f"{origin} has the reduction {brief(row)}: {error}") from error
             if block in reductions:
                 raise DocumentError(f"{origin} names block {block} twice; expected one reduction a block")
@@ -242,6 +239,18 @@ class PruningSchedule(Mapping[int, Reduction]):
         """
         fields = load_document(path, "schedule", VERSION, ("reductions",))
         return cls.from_json(fields["reductions"], str(path))
+
+
+def read_reduction(row: Mapping[str, Any], origin: str) -> Reduction:
+    """A reduction of a file, of its "operation" and "amount"; raises DocumentError if it is none."""
+    kind = KINDS.get(str(row["operation"]))
+    if kind is None:
+        operation, known = brief(row["operation"]), " or ".join(KINDS)
+        raise DocumentError(f"{origin} has the operation {operation}; expected {known}")
+    try:
+        return kind(row["amount"])
+    except (ArgumentError, TypeError) as error:
+        raise DocumentError(f"{origin} has the reduction {brief(row)}: {error}") from error
 
 
 def _check_block(block: Any) -> int:

@@ -1,6 +1,5 @@
 """tune: a strategy and a schedule for a model on this device, within a budget, in one call."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,11 @@ from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import ENOUGH, Calibration, check_enough, load_images
+from vwt.tuning.goal import check_goal, choose
 from vwt.tuning.notes import Notes
 from vwt.tuning.plan import Plan, Point, describe, front_of, make_strategy
 from vwt.tuning.profile import LatencyProfile
+from vwt.tuning.prompts import tune_on_prompts
 from vwt.tuning.schedule import PruningSchedule
 from vwt.tuning.search import FINALISTS, SCREENING_IMAGES, TRIES, Option, Outcome, Search
 
@@ -39,13 +40,11 @@ FEW = 10  # candidates that are measured for each of them
 COST_RUNS = 20  # of each strategy
 
 
-SLACK = 1.01  # of a budget, within which a measured latency is taken to keep it
-
-
 def tune(
     model: nn.Module,
-    images: Tensor | str | os.PathLike[str],
+    images: Tensor | str | os.PathLike[str] | None = None,
     *,
+    prompts: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     ratio: float | None = None,
     milliseconds: float | None = None,
     agreement: float | None = None,
@@ -58,16 +57,19 @@ def tune(
     """Find the plan of lowest KL(full ‖ reduced) within a latency budget, or the fastest of a given agreement.
 
     Profiles the model on this device, compares strategies and schedules on unlabelled images by predicted latency and
-    KL divergence, and measures the latency of the best.
+    KL divergence, and measures the latency of the best. A model whose language model reads image tokens in its prompt
+    (LLaVA, PaliGemma) is tuned on prompts instead, see `vwt.tuning.prompts.tune_on_prompts`.
 
     Args:
         model: in eval mode, where and as it will be used; without classes, see `vwt.tuning.calibration.Calibration`.
         images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of which
             256 are drawn.
+        prompts: of a model that reads image tokens in its prompt, and in the place of images: what its processor makes
+            of each image and its text, on the model's device. Neither batch_size nor codebooks or notes go with them.
         ratio: budget as a share of the full model's latency, in (0, 1]; or
         milliseconds: budget for a batch.
-        agreement: least share of the images, in (0, 1], whose top-1 class must be the full model's; alone, or with a
-            budget.
+        agreement: least share of the images, in (0, 1], whose top-1 class must be the full model's, or share of the
+            prompts whose first next token must be; alone, or with a budget.
         batch_size: images at a time.
         codebooks: paths, URLs or `hf-hub:user/name`, to try inter-image words too.
         seed: of the draw and of the order of measurements.
@@ -75,7 +77,8 @@ def tune(
         progress: show progress bars.
 
     Raises:
-        ArgumentError: for no goal, one that is none, or goals that cannot be met together; says what can.
+        ArgumentError: for no goal, one that is none, or goals that cannot be met together; says what can. For
+            images where prompts are needed, and the other way round.
         ModelError, ImageError, DataError: see `LatencyProfile.measure`, `Calibration` and `load_images`.
     """
     goal = check_goal(ratio, milliseconds, agreement)
@@ -83,12 +86,19 @@ def tune(
         raise ArgumentError(f"batch_size is {batch_size}; expected at least 1")
     if notes is not None and not Path(notes).absolute().parent.is_dir():
         raise ArgumentError(f"cannot write {notes}: there is no such folder; make it, or choose another place")
+    backbone = Backbone(model)
+    _check_kind(backbone, images, prompts)
+    if prompts is not None:
+        others = {"images": images is not None, "codebooks": len(codebooks) > 0, "notes": notes is not None}
+        if clash := [name for name, given in {**others, "batch_size": batch_size != 1}.items() if given]:
+            raise ArgumentError(f"prompts are given with {' and '.join(clash)}, which are for images; leave them out")
+        return tune_on_prompts(model, prompts, goal, seed=seed, progress=progress)
+    assert images is not None
     if not isinstance(images, Tensor):
         images = load_images(images, model, ENOUGH, seed=seed, progress=progress)
     check_enough(images)
     if len(images) < batch_size:
         raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
-    backbone = Backbone(model)
     backbone.check(images)
     image_size = (images.shape[2], images.shape[3])
     notes_ = Notes(notes, model, images, batch_size, seed, codebooks)
@@ -105,21 +115,26 @@ def tune(
     bench = _Bench(model, made, images, batch_size, seed, progress)
     points = _search_front(search, goal, bench)
     front = front_of(points)
-    plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, _choose(points, goal), front)
+    plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, choose(points, goal), front)
     notes_.remove()
     return plan
 
 
-def check_goal(ratio: float | None, milliseconds: float | None, agreement: float | None) -> dict[str, float]:
-    """What of these is asked for, by name; raises ArgumentError for no goal, or one that is none."""
-    goal = {"ratio": ratio, "milliseconds": milliseconds, "agreement": agreement}
-    asked = {name: float(value) for name, value in goal.items() if value is not None}
-    if not asked or {"ratio", "milliseconds"} <= set(asked):
-        raise ArgumentError("tune needs a goal: ratio=… or milliseconds=…, or agreement=…, or one of each")
-    for name, most in (("ratio", 1.0), ("milliseconds", math.inf), ("agreement", 1.0)):
-        if name in asked and not 0 < asked[name] <= most:
-            raise ArgumentError(f"{name} is {asked[name]:g}; expected a number above 0 and at most {most:g}")
-    return asked
+def _check_kind(backbone: Backbone, images: object, prompts: object) -> None:
+    """Raise ArgumentError unless there are prompts for a model that reads image tokens in them, images for others."""
+    whole = backbone.family.parent
+    kind, reads = type(backbone.model).__name__, whole is not None and whole.reads_layers
+    if reads and prompts is None:
+        raise ArgumentError(
+            f"{kind} reads image tokens in its prompt, and is tuned on prompts; give prompts=[...], what its processor "
+            "makes of images and texts"
+        )
+    if not reads and prompts is not None:
+        raise ArgumentError(
+            f"prompts are for models whose language model reads image tokens in its prompt, not for {kind}; give images"
+        )
+    if not reads and images is None:
+        raise ArgumentError("tune needs images, on which it compares reduced models with the full one; give some")
 
 
 def _strategies(codebooks: Sequence[str | os.PathLike[str]], grid: tuple[int, int]) -> dict[str, dict[str, Any]]:
@@ -219,25 +234,6 @@ class _Bench:
         for outcome, strategy, schedule, own in zip(outcomes, strategies, schedules, timed[1:], strict=True):
             points.append(Point(strategy, schedule, own.milliseconds, own.ratio, outcome.kl, outcome.agreement))
         return points
-
-
-def _choose(points: Sequence[Point], goal: Mapping[str, float]) -> Point:
-    """The point of lowest KL within the budget; without one, the fastest that agrees enough."""
-    agreed = [point for point in points if point.agreement >= goal.get("agreement", 0.0)]
-    if "ratio" not in goal and "milliseconds" not in goal:
-        return min(agreed, key=lambda point: point.milliseconds)
-    within = [
-        point
-        for point in agreed
-        if point.ratio <= SLACK * goal.get("ratio", math.inf)
-        and point.milliseconds <= SLACK * goal.get("milliseconds", math.inf)
-    ]
-    if not within:
-        front = "; ".join(
-            f"ratio {p.ratio:.2f} ({p.milliseconds:.1f} ms): agreement {p.agreement:.3f}" for p in front_of(points)
-        )
-        raise ArgumentError(f"no plan reaches {dict(goal)}; what can be reached is {front}; ask for one of these")
-    return min(within, key=lambda point: (point.kl, point.milliseconds))
 
 
 def _known(strategy: Strategy | None) -> Strategy:
