@@ -55,7 +55,7 @@ def test_what_is_tried():
 
 def test_a_tower_of_which_no_block_is_read():
     model = make_model("llava")
-    model.config.vision_feature_layer = 0
+    model.config.vision_feature_layer = -4  # what enters the first of three blocks
     plan = tune(model, prompts=make_inputs(model, (1,)), ratio=1, **QUIET)
     assert not plan.chosen.reduces
     assert "leave it as it is" in str(plan)
@@ -138,8 +138,27 @@ def test_the_plan_there_and_back(tmp_path, monkeypatch):
     fast = loaded.apply(model)
     assert (fast.after, dict(fast.schedule), fast.strategy) == (plan.chosen.after, {}, None)
     assert "after" not in replace(plan.chosen, after=None).to_json()
-    with pytest.raises(MismatchError, match="the plan was tuned for"):
-        loaded.apply(make_classifier())
+    assert loaded.model == "LlavaForConditionalGeneration"
+    for other in (make_classifier(), make_model("paligemma"), model.model.vision_tower):
+        with pytest.raises(MismatchError, match="the plan was tuned for model 'LlavaForConditionalGeneration', here "):
+            loaded.apply(other)
+
+
+def test_a_plan_of_the_vision_tower_alone_still_fits(monkeypatch):
+    model = make_model("llava")
+    fake_latency(monkeypatch, 10.0, 5.0, 9.0)
+    plan = tune(model, prompts=make_inputs(model, (1,)), ratio=1, **QUIET)
+    assert replace(plan, model="CLIPVisionModel").apply(model).model is model
+
+
+def test_a_report_is_refused_in_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("altair", reason="altair is not installed; pip install vwt[report]")
+    model = make_model("llava")
+    fake_latency(monkeypatch, 10.0, 5.0, 9.0)
+    plan = tune(model, prompts=make_inputs(model, (1,)), ratio=0.5, **QUIET)
+    with pytest.raises(ArgumentError, match="LlavaForConditionalGeneration is a model of images and text") as raised:
+        plan.report(tmp_path / "report.html", model, torch.zeros(16, 3, 64, 64), **QUIET)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

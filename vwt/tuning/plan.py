@@ -17,6 +17,7 @@ from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief, first_line
 from vwt.export.exporting import Parity, check_target, export
 from vwt.measure.environment import is_machine, other_threads
+from vwt.models.spec import PatchSpec
 from vwt.reductions.reduction import Reduction
 from vwt.strategies.inter_image import InterImage
 from vwt.strategies.neighbours import Neighbours
@@ -154,6 +155,8 @@ class Plan:
         """
         own = LatencyProfile.identify(model)
         here = {name: own[name] for name in ("model", "dtype", "cpu", "device")}
+        if (whole := PatchSpec.of(model).model) == self.model:  # a plan may be of the vision tower, or of what holds it
+            here["model"] = whole
         there = {"model": self.model, "dtype": self.dtype, "cpu": self.machine["cpu"], "device": self.machine["device"]}
         others = [f"{name} {there[name]!r}, here {here[name]!r}" for name in here if here[name] != there[name]]
         if others and not force:

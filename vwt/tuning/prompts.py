@@ -12,6 +12,7 @@ from vwt.errors import ArgumentError
 from vwt.measure.environment import describe_machine
 from vwt.measure.timing import measure_batches
 from vwt.models.layers import blocks_read
+from vwt.models.spec import PatchSpec
 from vwt.reductions.absorb import Absorb
 from vwt.reductions.kinds import KINDS
 from vwt.reductions.reduction import Reduction
@@ -84,10 +85,9 @@ def tune_on_prompts(
     for (reduced, fidelity), own in zip(closest, timed[1:], strict=True):
         kl, agreement = fidelity.mean_kl, fidelity.agreement
         points.append(Point(None, reduced.schedule, own.milliseconds, own.ratio, kl, agreement, reduced.after))
-    known = LatencyProfile.identify(model)
-    machine = describe_machine(target.device)
-    size = len(batches[0]["input_ids"])
-    return Plan(known["model"], size, known["dtype"], machine, dict(goal), choose(points, goal), front_of(points))
+    name, dtype = PatchSpec.of(model).model, LatencyProfile.identify(model)["dtype"]
+    machine, size = describe_machine(target.device), len(batches[0]["input_ids"])
+    return Plan(name, size, dtype, machine, dict(goal), choose(points, goal), front_of(points))
 
 
 def prefill(model: Callable[..., Any], prompt: Prompt) -> Any:

@@ -77,13 +77,14 @@ def write_report(
         progress: show progress bars.
 
     Raises:
-        ArgumentError: without Altair.
+        ArgumentError: without Altair, or for a model of images and text.
         DocumentError: if the file cannot be written.
         MismatchError: if the plan is of another model or device.
         DataError: if there is no image that can be read.
     """
     check_report(path)
     fast = plan.apply(model, force=force)
+    fast.backbone.check_alone()
     photographs = load_photographs(images, model, seed=seed, progress=progress)
     fast.backbone.check(photographs.pixels[:1].to(next(model.parameters())))
     costs = measure_costs(fast, photographs.pixels, plan.batch_size, progress=progress)
