@@ -74,7 +74,7 @@ soak: $(READY)
 	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(SOAK)
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST)/bin/python $(PYTEST)
+	$(OLDEST)/bin/python $(PYTEST) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -260,9 +260,8 @@ def test_show_draws(capsys, options):
     shown = ["show", "images/a/000.jpg", *SHOW, *options, "--schedule", "schedule.json", "--images", "images"]
     assert run(capsys, shown) == (0, "out.png\n", "")
     with Image.open("out.png") as picture:
-        across = 4 if options else 2
-        assert picture.width == pytest.approx(across * 3.2 * 160, abs=2)
-        assert (picture.height > 1.5 * picture.width / across) == ("w.zarr" in str(options))  # with words below
+        assert 800 < picture.width <= 13.34 * 160  # the width of a slide
+        assert (picture.height > 900) == ("w.zarr" in str(options))  # with words below
 
 
 def test_read_strategy(capsys):

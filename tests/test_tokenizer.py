@@ -380,7 +380,10 @@ def test_an_unsupported_model_is_refused():
 
 @pytest.mark.parametrize("strategy", ["intra", 0.5, IntraImage, InterImage, nn.Identity()], ids=repr)
 def test_another_kind_of_strategy_is_refused(small_vit, strategy):
-    with pytest.raises(ArgumentError, match=r"strategy is .*; expected InterImage\(\.\.\.\), IntraImage\(\.\.\.\)"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"strategy is .*; expected Neighbours\(\.\.\.\), InterImage\(\.\.\.\), IntraImage",
+    ):
         VWTokenizer(small_vit, strategy)
 
 

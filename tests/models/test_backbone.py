@@ -185,7 +185,8 @@ def make_on_meta(name):
     ],
 )
 def test_other_classes_are_refused_by_name(name, model):
-    message = rf"\.{name} is not supported: it is of no family .*VisionTransformer, Eva, Beit, NaFlexVit"
+    families = "VisionTransformer, Eva, Beit, VisionTransformerRelPos, NaFlexVit"
+    message = rf"\.{name} is not supported: it is of no family .*{families}"
     with pytest.raises(ModelError, match=message):
         Backbone(make_on_meta(model))
 
@@ -207,10 +208,10 @@ def test_what_holds_a_model_is_refused(small_vit, make, message):
         VWTokenizer(make(small_vit), IntraImage(0.5))
 
 
-def test_another_patch_embedding_is_refused_by_name():
-    """A hybrid is a VisionTransformer by class, but its patches come out of a ResNet."""
-    with pytest.raises(ModelError, match=r"HybridEmbed.* not supported.*PatchEmbed"):
-        Backbone(timm.create_model("vit_tiny_r_s16_p8_224", num_classes=10))
+def test_another_patch_embedding_is_refused_by_name(small_vit):
+    small_vit.patch_embed = nn.Sequential(small_vit.patch_embed)
+    with pytest.raises(ModelError, match=r"makes its patches with Sequential, .* not supported.*PatchEmbed"):
+        Backbone(small_vit)
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

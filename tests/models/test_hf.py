@@ -390,13 +390,6 @@ def test_unsupported():
         VWTokenizer(ResNetModel(ResNetConfig()))
 
 
-def make_llava():
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    text = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=CLIPVisionConfig(**WIDE), text_config=text))
-
-
 def make_wrapper():
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
@@ -406,7 +399,6 @@ def make_wrapper():
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (make_llava, r"'model.vision_tower' is, a CLIPVisionModel"),
         (make_wrapper, "'timm_model' is, a VisionTransformer"),
     ],
 )

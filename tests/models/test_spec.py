@@ -36,7 +36,6 @@ def test_spec_of_a_timm_model():
         ("test_resnet", "ResNet is not supported: it is of no family"),
         ("xcit_nano_12_p16_224", "Xcit is not supported"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer is not supported"),
-        ("vit_tiny_r_s16_p8_224", "makes its patches with HybridEmbed"),
     ],
 )
 def test_spec_refuses_what_cannot_be_wrapped(name, why):
