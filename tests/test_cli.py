@@ -384,6 +384,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(capsys, photos, profile
     one_line(*run(capsys, call(name, options)))
 
 
+@pytest.mark.slow
 def test_a_profile_of_the_threads_that_are_asked_for(capsys, photos, profile):
     """The profile is compared with the threads that the command sets."""
     threads = torch.get_num_threads()

@@ -78,6 +78,7 @@ def test_order_and_size_of_shards_do_not_matter(tmp_path, monkeypatch, order, im
     assert build(tmp_path / "w.zarr", "--workers", "0") == 0
 
 
+@pytest.mark.slow
 def test_local_processes_give_the_same_bytes(tmp_path):
     assert build(tmp_path / "w.zarr", "--num-workers", "2") == 0
 
@@ -229,7 +230,12 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    "engine", [Engine(), Engine("local", 2), pytest.param(Engine("ray", 1), marks=[needs_ray, pytest.mark.slow])]
+    "engine",
+    [
+        Engine(),
+        pytest.param(Engine("local", 2), marks=pytest.mark.slow),
+        pytest.param(Engine("ray", 1), marks=[needs_ray, pytest.mark.slow]),
+    ],
 )
 def test_errors_of_workers_are_those_of_one_process(engine, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -82,6 +82,7 @@ def test_picture_of_the_guide(shared, tmp_path):
     assert (drawn.int() - kept.int()).abs().float().mean() < 2
 
 
+@pytest.mark.slow
 def test_example_of_the_guide(vit_tiny, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (example,) = (block for block in blocks if "def segment" in block)
