@@ -109,7 +109,8 @@ class NaFlexFamily(EvaFamily):
         """See `Family`; made anew, since the model adds positions to its output in place."""
         embeds = self.model.embeds
         patches = patchify(images, self.patch_size, self.grid((images.shape[2], images.shape[3])))
-        if embeds.is_linear and embeds.channels_last:  # pixel after pixel, each with its channels
+        # Pixel after pixel, each with its channels, as timm before 1.0.27 always does.
+        if embeds.is_linear and getattr(embeds, "channels_last", True):
             patches = patches.unflatten(-1, (images.shape[1], -1)).transpose(-1, -2).flatten(-2)
         return embeds.norm(F.linear(patches, embeds.proj.weight.flatten(1), embeds.proj.bias))
 
