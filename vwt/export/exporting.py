@@ -25,6 +25,7 @@ from vwt.tokenizer import VWTokenizer
 LEAST = 64  # images on which a file is checked
 BATCH = 16  # of them at a time
 KEY = "vwt"  # of the metadata
+OLDEST = (2, 10)  # of torch, that traces reduced models
 # Of the answers: their largest difference in an image, over their standard deviation, in the median of images; and the
 # share of images whose first class may differ. Where two patches are nearly as important, runtimes may keep either.
 TOLERANCE = {"float32": (0.01, 0.02), "bfloat16": (0.5, 0.1)}
@@ -84,6 +85,10 @@ def check_target(path: str | os.PathLike[str], batch_size: int = 1) -> Format:
     if batch_size < 1:
         raise ArgumentError(f"batch size is {batch_size}; expected at least 1")
     check_runtime(FORMATS[path.suffix].runtime)
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
+        raise ExportError(
+            f"a reduced model is exported by torch 2.10 or newer, and this is torch {torch.__version__}; update torch"
+        )
     if path.is_dir():
         raise ExportError(f"cannot write {path}: it is a folder; choose another file")
     try:
