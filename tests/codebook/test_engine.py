@@ -190,7 +190,7 @@ def test_killed_driver_is_followed_by_its_workers_and_can_be_resumed(tmp_path, a
 @pytest.mark.slow
 @pytest.mark.usefixtures("many_shards")
 @pytest.mark.parametrize("arguments", ENGINES)
-@pytest.mark.parametrize("moment", range(10))
+@pytest.mark.parametrize("moment", range(int(os.environ.get("VWT_TEST_MOMENTS", "2"))))
 def test_killed_at_random_moments(tmp_path, arguments, moment):
     """A worker, or the driver; half of the moments each."""
     out, chance = tmp_path / "w.zarr", random.Random(moment)
