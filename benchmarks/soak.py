@@ -38,6 +38,7 @@ from vwt import Absorb, Codebook, InterImage, Merge, Neighbours, Prune, PruningS
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, VWTError
 from vwt.measure.environment import hardware
+from vwt.models.backbone import Backbone
 from vwt.models.create import create_model
 from vwt.models.spec import prepare
 
@@ -133,14 +134,16 @@ def resize(images: Tensor, model: nn.Module, size: int) -> Tensor:
 
 def wrap(model: nn.Module, codebook: Codebook) -> dict[str, VWTokenizer]:
     """Wrappers of one model, by name: dense and ragged, before the blocks and inside them."""
+    depth = Backbone(model).depth
+    early, late = depth // 4, depth // 2
     return {
         "full": VWTokenizer(model),
         "Neighbours(0.25)": VWTokenizer(model, Neighbours(0.25)),
         "Neighbours, ragged": VWTokenizer(model, Neighbours(threshold=0.1)),
         "InterImage, ragged": VWTokenizer(model, InterImage(codebook, 0.2)),
-        "Absorb": VWTokenizer(model, schedule=PruningSchedule({3: Absorb(0.3)})),
-        "Prune, Merge": VWTokenizer(model, schedule=PruningSchedule({3: Prune(0.25), 6: Merge(0.25)})),
-        "InterImage, Absorb": VWTokenizer(model, InterImage(codebook, 0.2), PruningSchedule({6: Absorb(0.3)})),
+        "Absorb": VWTokenizer(model, schedule=PruningSchedule({early: Absorb(0.3)})),
+        "Prune, Merge": VWTokenizer(model, schedule=PruningSchedule({early: Prune(0.25), late: Merge(0.25)})),
+        "InterImage, Absorb": VWTokenizer(model, InterImage(codebook, 0.2), PruningSchedule({late: Absorb(0.3)})),
     }
 
 

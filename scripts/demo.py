@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import vwt
 from vwt.datasets import ImageSource
-from vwt.errors import ModelError, VWTError
+from vwt.errors import ArgumentError, ModelError, VWTError
 from vwt.measure.timing import Calls, interleave, on_batches
 from vwt.models.backbone import Backbone
 from vwt.models.create import create_model
@@ -157,9 +157,15 @@ def search_plans(model: nn.Module, images: Tensor) -> dict[float, Point]:
     search = Search(profile, options)
     found = {}
     for budget in BUDGETS:
-        outcome = search.best(budget * profile.predict(), TRIES, FINALISTS)
+        try:
+            outcome = search.best(budget * profile.predict(), TRIES, FINALISTS)
+        except ArgumentError as error:  # a small model, of which a reduction's own cost is much
+            print(f"demo: no plan for {budget:g} of the latency: {error}", file=sys.stderr)
+            continue
         schedule = vwt.PruningSchedule(outcome.candidate.blocks)
         found[budget] = Point(strategies[outcome.candidate.option], schedule, 0.0, 0.0, outcome.kl, outcome.agreement)
+    if not found:
+        raise ArgumentError("no plan is faster than the model by so much on this machine")
     return found
 
 

@@ -16,14 +16,24 @@ def small(monkeypatch, tmp_path):
     """A working folder, and few images, tries and runs of a small model; no photographs, and no hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VWT_SHARED", str(tmp_path / "absent"))
-    few = {"TUNED": 16, "TRIED": 16, "TRIES": 2, "FINALISTS": 1, "TIMED": 1, "RUNS": 1, "FEW_RUNS": 1, "DROPS": (0.2,)}
+    few = {
+        "TUNED": 16,
+        "TRIED": 16,
+        "TRIES": 2,
+        "FINALISTS": 1,
+        "TIMED": 1,
+        "RUNS": 1,
+        "FEW_RUNS": 1,
+        "DROPS": (0.2,),
+        "BUDGETS": (0.95, 0.9),
+    }
     for name, value in few.items():
         monkeypatch.setattr(demo, name, value)
 
     def create_model(name, checkpoint=None, *, weights=True):
         if weights and checkpoint is None:
             raise ModelError("the hub is out of reach")
-        return timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=48, num_heads=3).eval()
+        return timm.create_model("vit_tiny_patch16_224", depth=6).eval()
 
     monkeypatch.setattr(demo, "create_model", create_model)
     return tmp_path
