@@ -51,7 +51,7 @@ test: $(READY)
 	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 # Properties on many examples, others at each run; SEED=... repeats one.
 test-random: $(READY)
