@@ -4,15 +4,13 @@ import pytest
 import timm
 import torch
 
+from tests.export.cases import needs_tracing
 from tests.matrix import matrix
 from tests.test_tokenizer import EveryOther, make_images, make_inter
 from vwt import Absorb, IntraImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError
 
-pytestmark = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10),
-    reason="torch before 2.10 cannot trace reduced models",
-)
+pytestmark = needs_tracing
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 POOLS = {
     "token": {},

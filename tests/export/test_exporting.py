@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from tests.export.cases import needs_tracing
 from tests.matrix import matrix
 from tests.test_tokenizer import make_inter
 from vwt import Absorb, IntraImage, Merge, Neighbours, Plan, Prune, PruningSchedule, VWTokenizer
@@ -22,10 +23,7 @@ from vwt.tuning.calibration import load_images
 from vwt.tuning.plan import Point
 from vwt.tuning.profile import LatencyProfile
 
-pytestmark = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < exporting.OLDEST,
-    reason="torch before 2.10 cannot trace reduced models",
-)
+pytestmark = needs_tracing
 MIXED = PruningSchedule({0: Absorb(20), 1: Merge(5)})
 # Small variants with random weights; of DINOv2 without classes.
 FAMILIES = {

@@ -9,17 +9,14 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from tests.export.cases import needs_tracing
 from tests.matrix import matrix
 from tests.test_tokenizer import make_inter
 from vwt import Absorb, IntraImage, Neighbours, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, ModelError
-from vwt.export.exporting import OLDEST
 from vwt.export.runtimes import RUNTIMES, check_runtime, run_in
 
-pytestmark = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST,
-    reason="torch before 2.10 cannot trace reduced models",
-)
+pytestmark = needs_tracing
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 REDUCED = {

@@ -9,17 +9,14 @@ import torch
 from PIL import Image
 
 import vwt
+from tests.export.cases import needs_tracing
 from tests.export.test_exporting import make_plan
 from tests.test_datasets import write_images
 from tests.test_docs import ROOT, snippets
 from vwt.datasets import read_image
-from vwt.export.exporting import OLDEST
 from vwt.models.spec import prepare
 
-pytestmark = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST,
-    reason="torch before 2.10 cannot trace reduced models",
-)
+pytestmark = needs_tracing
 
 ALONE = """
 import sys

@@ -93,9 +93,14 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def make_model(name):
+    """A model of `MODELS`; see `make_decided`."""
+    return make_decided(MODELS[name])
+
+
+def make_decided(make):
     """Attention far from uniform, so that equally important tokens are not a matter of rounding."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = make().eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.pretrained_cfg = NORMALISATION

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.matrix import matrix
-from tests.models.test_hf import NORMALISATION, WIDE
+from tests.models.test_hf import WIDE, make_decided
 from vwt import Absorb, Codebook, InterImage, IntraImage, Merge, Prune, VWTokenizer
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.models.spec import PatchSpec
@@ -100,12 +100,7 @@ REDUCED = {
 
 
 def make_model(name):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.pretrained_cfg = NORMALISATION
-    return model.requires_grad_(False)
+    return make_decided(MODELS[name])
 
 
 def make_images(model, count=3):

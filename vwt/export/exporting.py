@@ -72,6 +72,11 @@ class Parity:
         )
 
 
+def can_trace() -> bool:
+    """Whether the installed torch traces reduced models."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST
+
+
 def check_target(path: str | os.PathLike[str], batch_size: int = 1) -> Format:
     """The format that a path names; raises, before long work, unless a model can be exported there.
 
@@ -85,7 +90,7 @@ def check_target(path: str | os.PathLike[str], batch_size: int = 1) -> Format:
     if batch_size < 1:
         raise ArgumentError(f"batch size is {batch_size}; expected at least 1")
     check_runtime(FORMATS[path.suffix].runtime)
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
+    if not can_trace():
         raise ExportError(
             f"a reduced model is exported by torch 2.10 or newer, and this is torch {torch.__version__}; update torch"
         )
