@@ -159,8 +159,8 @@ def test_the_command(small_vit, images, tmp_path, monkeypatch, capsys):
     need(".onnx")
     plan = make_plan(small_vit)
     plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr("vwt.commands._open_model", lambda arguments: small_vit)
-    monkeypatch.setattr("vwt.commands.load_images", lambda source, model, count, **options: images[:count])
+    monkeypatch.setattr("vwt.commands.exporting.open_model", lambda arguments: small_vit)
+    monkeypatch.setattr("vwt.commands.exporting.load_images", lambda source, model, count, **options: images[:count])
     (tmp_path / "images").mkdir()
     call = ["export", "--plan", f"{tmp_path}/plan.json", "--model", "test_vit", "--images", f"{tmp_path}/images"]
     with warnings.catch_warnings():
