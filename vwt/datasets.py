@@ -15,10 +15,10 @@ from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm import tqdm
 
 from vwt.errors import DataError, first_line
 from vwt.models.spec import family_of
+from vwt.progress import progress_bar
 
 # Prefixes by which timm's factory knows a data set that is no folder and no tar file.
 _REMOTE = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
@@ -146,7 +146,7 @@ class ImageSource:
         batches = (next(self.batches(1, start=index)) for index in order) if order else self.batches(1)
         drawn: list[Batch] = []
         found = 0
-        with tqdm(total=count, desc="images", unit="img", disable=not progress) as bar:
+        with progress_bar(total=count, desc="reading", unit="image", show=progress) as bar:
             for batch in batches:
                 if found == count:
                     break

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vwt.codebook.clustering import StreamingKMeans, kmeans
 from vwt.codebook.codebook import Codebook, check_free
@@ -49,6 +48,7 @@ from vwt.documents import write_json
 from vwt.errors import ArgumentError, CodebookError, DataError
 from vwt.measure.timing import Stopwatch
 from vwt.models.spec import PatchSpec
+from vwt.progress import Steps, progress_bar
 from vwt.tokens.patches import Space
 
 # faiss asks for at least 40 points a centre, and takes up to 256; little is gained above 200 ...
@@ -185,6 +185,7 @@ class _Build:
     ) -> None:
         self.stream, self.features, self.spec = features.source, features, features.spec
         self.config, self.engine, self.folder, self.progress = config, engine, folder, progress
+        self.step = Steps(2 if config.backend == "sklearn" else 3, progress)
         self.timed = Stopwatch()
         self.report = BuildReport(seconds=self.timed.seconds)
         self.what = self._describe()
@@ -239,7 +240,7 @@ class _Build:
         images, done = len(self.stream), self.results.shards(work.name)
         every = list(range(-(-images // self.shard_images)))
         left = [shard for shard in every if shard not in done] if images else [len(done)]
-        bar = tqdm(desc=work.name, total=images or None, unit="img", disable=not self.progress)
+        bar = progress_bar(desc="reading", total=images or None, unit="image", show=self.progress)
         with bar:
             bar.update(min(self.shard_images * len(done), images or self.shard_images * len(done)))
             for shard in self.engine.run(work, left) if left else []:
@@ -251,11 +252,15 @@ class _Build:
     # -- first pass ------------------------------------------------------------------------------------------------
 
     def _cluster_sample(self) -> np.ndarray:
+        self.step(f"sampling patches of {self._images()}")
         sample = self._sample()
+        self.step(f"clustering {len(sample)} patches into {self.config.words} words")
         state = SavedTensors(self.folder / "centres.safetensors")
         done = int(state.meta.get("iterations", 0))
         centres = state.tensors["centres"].numpy() if done else None
-        bar = tqdm(desc="cluster", total=self.config.iterations, initial=done, unit="it", disable=not self.progress)
+        bar = progress_bar(
+            desc="clustering", total=self.config.iterations, initial=done, unit="iteration", show=self.progress
+        )
 
         def after(iteration: int, centres: np.ndarray) -> None:
             state.save({"centres": torch.from_numpy(centres)}, {"iterations": str(iteration)})
@@ -318,9 +323,10 @@ class _Build:
             self.report.sampled = int(state.meta["sampled"])
             return state.tensors["centres"].numpy()
         config = self.config
+        self.step(f"clustering the patches of {self._images()} into {config.words} words")
         clusters = StreamingKMeans(config.words, spherical=config.spherical, seed=config.seed)
         seen, skipped = 0, []
-        bar = tqdm(desc="cluster", total=len(self.stream) or None, unit="img", disable=not self.progress)
+        bar = progress_bar(desc="clustering", total=len(self.stream) or None, unit="image", show=self.progress)
         with bar:
             for index, patches in self.features.images("features", self._for_clustering):
                 bar.update()
@@ -336,6 +342,9 @@ class _Build:
         self.report.sampled = seen
         state.save({"centres": torch.from_numpy(centres)}, {"sampled": str(seen)})
         return centres
+
+    def _images(self) -> str:
+        return f"{len(self.stream) or 'all'} images"
 
     def _for_clustering(self, features: Tensor) -> Tensor:
         return (F.normalize(features, dim=-1) if self.config.spherical else features).cpu()
@@ -370,6 +379,7 @@ class _Build:
             counted_as=first,
             threshold=self.config.threshold,
         )
+        self.step(f"counting each word in {self._images()}")
         shards = self._run_pass(work)
         with self.timed("finish"):
             arrays, values = sum_counts(self.results, work.name, shards)

@@ -20,6 +20,7 @@ from vwt.export.formats import FORMATS, Format, Run
 from vwt.export.runtimes import Answer, check_runtime, written_in
 from vwt.measure.timing import measure_latency
 from vwt.models.spec import PatchSpec
+from vwt.progress import Steps
 from vwt.tokenizer import VWTokenizer
 
 LEAST = 64  # images on which a file is checked
@@ -143,14 +144,17 @@ def export(
     check_runtime(kind.runtime, precision, images.device)
     written = written_in(kind.runtime, precision)
     metadata = {KEY: json.dumps(describe(fast, images, precision, plan))}
-    images = images.float()
+    images, step = images.float(), Steps(3, progress)
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
         fresh, whole = Path(folder) / path.name, Path(folder) / f"full{path.suffix}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's exporters, about themselves
+            step(f"writing the reduced model for {kind.runtime}")
             kind.write(Answer(fast, written), images, fresh, metadata)
             made = sorted(Path(folder).iterdir())
+            step("writing the model itself likewise, to compare with")
             kind.write(Answer(fast.model, written), images, whole, None)
+        step(f"comparing the answers to {len(images)} images, and timing both")
         parity = _compare(fast, kind, fresh, whole, images, precision, batch_size, progress)
         parity = replace(parity, path=str(path))
         _check(parity, tolerance or TOLERANCE[precision])

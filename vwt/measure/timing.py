@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vwt.errors import ArgumentError
+from vwt.progress import progress_bar
 
 TIMED, TIMED_RUNS = 8, 12  # batches on which latency is measured, and runs of each
 
@@ -150,7 +150,7 @@ def interleave(
     rng = random.Random(seed)
     seconds = [{role: np.zeros((items, runs)) for role in calls} for calls in groups]
     warm = [item for item in range(min(warmup, items)) for _ in range(2)]
-    with tqdm(total=len(warm) + items * runs, desc="timing", unit="round", disable=not progress) as bar:
+    with progress_bar(total=len(warm) + items * runs, desc="timing", unit="round", show=progress) as bar:
         for item in warm:
             for calls in groups:
                 for call in calls.values():

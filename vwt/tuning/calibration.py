@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError
 from vwt.models.spec import family_of, prepare
+from vwt.progress import progress_bar
 from vwt.reductions.reduction import Reduction
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
@@ -131,7 +131,7 @@ class Calibration:
         self.family = family_of(model)
         self._anchors: Tensor | None = None
         with torch.inference_mode():
-            batches = tqdm(images.split(BATCH), desc="full model", unit="batch", disable=not progress)
+            batches = progress_bar(images.split(BATCH), desc="the model itself", unit="batch", show=progress)
             vectors = [self.family.vectors(model(batch)) for batch in batches]
             if vectors[0].ndim != 2 or vectors[0].shape[1] < 2:
                 raise ArgumentError(
@@ -232,7 +232,7 @@ class Calibration:
         generator = torch.Generator().manual_seed(seed)
         attention, mlp = self.backbone.halves(self.backbone.blocks[block])
         right: dict[int, list[Tensor]] = {count: [] for count in counts}
-        for index, full in enumerate(tqdm(self.full, desc="random removal", unit="batch", disable=not progress)):
+        for index, full in enumerate(progress_bar(self.full, desc="removing at random", unit="batch", show=progress)):
             own = slice(index * BATCH, index * BATCH + len(full))
             target = full.argmax(-1) if labels is None else labels[own].to(full.device)
             packed, _ = self.backbone.run(self._batch(index).entering[0], stop=block)

@@ -99,11 +99,16 @@ class Point:
         """Whether it is anything but the model itself."""
         return self.strategy is not None or bool(self.schedule) or self.after is not None
 
-    def __str__(self) -> str:
-        figures = (
-            f"{self.ratio:.3f}  {self.milliseconds:8.2f} ms  KL {self.kl:.4f}  agreement {100 * self.agreement:5.1f} %"
+    @property
+    def figures(self) -> str:
+        """What it costs and changes, as a sentence."""
+        return (
+            f"{self.ratio:.2f} of the model's latency ({self.milliseconds:.1f} ms): agreement "
+            f"{100 * self.agreement:.1f} %, KL {self.kl:.4f} nats"
         )
-        return f"{figures}  {self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.figures}"
 
 
 def pareto_front(points: Iterable[Item], costs: Callable[[Item], tuple[float, float]]) -> list[Item]:
@@ -228,10 +233,12 @@ class Plan:
         return export(fast, path, images, batch_size=batch_size, plan=made, progress=progress)
 
     def __str__(self) -> str:
-        """The front, one line a point, and the choice."""
-        rows = sorted(self.front, key=lambda point: -point.ratio)
-        goal = ", ".join(f"{name} {value:g}" for name, value in self.goal.items())
-        lines = ["ratio   latency", *map(str, rows), f"chosen for {goal}:", str(self.chosen)]
+        """The front as a table, the slowest first, and the choice."""
+        lines = ["latency ratio  ms a batch  agreement, %  KL, nats  plan"]
+        for point in sorted(self.front, key=lambda point: -point.ratio):
+            figures = f"{point.ratio:>13.3f}  {point.milliseconds:>10.2f}  {100 * point.agreement:>12.1f}"
+            lines.append(f"{figures}  {point.kl:>8.4f}  {point.name}")
+        lines.append(f"chosen for {describe_goal(self.goal)}: {self.chosen}")
         if not self.chosen.reduces:
             lines.append("no plan is faster than the model itself for this goal: leave it as it is")
         return "\n".join(lines)
@@ -383,3 +390,8 @@ def describe(made: Mapping[str, Any] | None) -> str:
         return ""
     arguments = ", ".join(f"{name}={value}" for name, value in made.items() if name != "name")
     return f"{made['name']}({arguments})"
+
+
+def describe_goal(goal: Mapping[str, float]) -> str:
+    """What was asked for."""
+    return ", ".join(f"{name} {value:g}" for name, value in goal.items())

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vwt.errors import ArgumentError
 from vwt.measure.environment import describe_machine
 from vwt.measure.timing import measure_batches
 from vwt.models.layers import blocks_read
 from vwt.models.spec import PatchSpec
+from vwt.progress import Steps, progress_bar
 from vwt.reductions.absorb import Absorb
 from vwt.reductions.kinds import KINDS
 from vwt.reductions.reduction import Reduction
@@ -73,13 +73,16 @@ def tune_on_prompts(
     batches = _check_prompts(prompts)
     if model.training:
         raise ArgumentError("the model is in train mode; call .eval() first")
-    whole = VWTokenizer(model)
+    whole, step = VWTokenizer(model), Steps(3, progress)
+    step(f"asking the model itself for the next token of {len(batches)} prompts")
     target = _next_logits(whole, batches)
     closest: list[tuple[_Reduced, Fidelity]] = []
-    for group in tqdm(_candidates(whole), desc="candidates", unit="place", disable=not progress):
+    step("reducing image tokens in one way after the other, and comparing the answers")
+    for group in progress_bar(_candidates(whole), desc="reducing", unit="place", show=progress):
         compared = [(reduced, compare(target, _next_logits(reduced.wrap(model), batches))) for reduced in group]
         closest.append(min(compared, key=lambda pair: pair[1].mean_kl))
     calls = [partial(prefill, fast) for fast in (model, *(reduced.wrap(model) for reduced, _ in closest))]
+    step(f"timing the {len(closest)} closest")
     timed = measure_batches(calls, batches[:TIMED_PROMPTS], device=target.device, seed=seed, progress=progress)
     points = [Point(None, PruningSchedule({}), timed[0].milliseconds, timed[0].ratio, 0.0, 1.0)]
     for (reduced, fidelity), own in zip(closest, timed[1:], strict=True):

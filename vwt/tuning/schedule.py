@@ -14,6 +14,7 @@ from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, brief
 from vwt.measure.timing import Latency, measure_latency
 from vwt.models.backbone import Backbone
+from vwt.progress import Steps, say
 from vwt.reductions.kinds import KINDS, check_amounts
 from vwt.reductions.prune import Prune
 from vwt.reductions.reduction import Reduction, patches_entering
@@ -153,11 +154,16 @@ class PruningSchedule(Mapping[int, Reduction]):
         if limit >= profile.predict():
             return cls({})
         if not isinstance(images, Tensor):
+            say("reading images", progress)
             images = load_images(images, model, max(ENOUGH, profile.batch_size), seed=seed, progress=progress)
         if len(images) < profile.batch_size:  # before the search
             raise ArgumentError(f"{len(images)} images do not fill a batch of {profile.batch_size}; give more")
+        step = Steps(3, progress)
+        step(f"asking the model itself for its answers to {len(images)} images")
         calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
+        step("removing tokens in one block after the other, and comparing the answers")
         search = Search(profile, {"": Option(calibration)}, progress=progress)
+        step(f"searching the schedule of {limit:.2f} ms, and timing it")
         share, begin = limit / profile.predict(), time.monotonic()
         least, most = (share * bound for bound in WITHIN_BUDGET)
         found: list[tuple[Latency, PruningSchedule]] = []
@@ -166,6 +172,7 @@ class PruningSchedule(Mapping[int, Reduction]):
             fast = VWTokenizer(model, schedule=schedule, check=False)  # as it was by the calibration
             _, own = measure_latency(model, [fast], images, profile.batch_size, seed=seed, progress=progress)
             found.append((own, schedule))
+            step.found(f"it takes {own.ratio:.2f} of the model's time: {schedule}")
             keeps_budget = own.bounds[0] <= most and own.bounds[1] >= least
             if keeps_budget or time.monotonic() - begin > RETRY_SECONDS:
                 break

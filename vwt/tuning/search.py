@@ -11,13 +11,12 @@ The winner is chosen on all images.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-from tqdm import tqdm
+from typing import Any, NamedTuple
 
 from vwt.errors import ArgumentError
+from vwt.progress import progress_bar
 from vwt.reductions.absorb import Absorb
 from vwt.reductions.reduction import Reduction, patches_entering
 from vwt.tuning.calibration import Calibration
@@ -145,13 +144,13 @@ class Search:
                 f"nothing takes {limit:.2f} ms; the least possible is {self.least():.2f} ms (the model itself: "
                 f"{self.profile.predict():.2f} ms)"
             )
-        with tqdm(total=tries + finalists, desc="search", unit="try", disable=not self.progress) as bar:
+        with progress_bar(total=tries + finalists, desc="searching", unit="candidate", show=self.progress) as bar:
             pool = starts[: max(1, tries // 2)]
             for start in pool:
                 self.kl(start)
                 bar.update()
             best = min(pool, key=self.kl)
-            while len(pool) < tries and (better := self._improve(best, limit, pool, tries, bar)) != best:
+            while len(pool) < tries and (better := self._improve(best, limit, pool, tries, bar.update)) != best:
                 best = better
             outcomes = []
             for finalist in sorted(pool, key=self.kl)[:finalists]:
@@ -202,7 +201,7 @@ class Search:
     def _measure_single_reductions(self) -> dict[int, list[float]]:
         """By block: logarithms of the KL when each of SHARES is removed there."""
         everything, log_kl = self.options[""], {}
-        for block in tqdm(self.blocks, desc="single reductions", unit="block", disable=not self.progress):
+        for block in progress_bar(self.blocks, desc="reducing", unit="block", show=self.progress):
             counts = [max(1, int(share * everything.patches)) for share in SHARES]
             made = [self._reduction(everything, count, everything.patches) for count in counts]
             log_kl[block] = [math.log(max(self.kl(Candidate("", ((block, what),))), NO_CHANGE)) for what in made]
@@ -289,14 +288,14 @@ class Search:
     # -- moves -------------------------------------------------------------------------------------------------------
 
     def _improve(
-        self, best: Candidate, limit: float, pool: list[Candidate], tries: int, bar: "tqdm[None]"
+        self, best: Candidate, limit: float, pool: list[Candidate], tries: int, count: Callable[[], Any]
     ) -> Candidate:
         """The first neighbour that is measured to be better, else the same."""
         for neighbour in sorted(set(self._neighbours(best, limit)) - set(pool), key=self.guess):
             if len(pool) >= tries:
                 break
             pool.append(neighbour)
-            bar.update()
+            count()
             if self.kl(neighbour) < self.kl(best):
                 return neighbour
         return best

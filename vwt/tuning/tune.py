@@ -13,13 +13,14 @@ from vwt.codebook.codebook import pin
 from vwt.errors import ArgumentError
 from vwt.measure.timing import Calls, interleave, measure_latency, on_batches
 from vwt.models.backbone import Backbone
+from vwt.progress import Steps
 from vwt.strategies.neighbours import Neighbours
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import ENOUGH, Calibration, check_enough, load_images
 from vwt.tuning.goal import check_goal, choose
 from vwt.tuning.notes import Notes
-from vwt.tuning.plan import Plan, Point, describe, front_of, make_strategy
+from vwt.tuning.plan import Plan, Point, describe, describe_goal, front_of, make_strategy
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.prompts import tune_on_prompts
 from vwt.tuning.schedule import PruningSchedule
@@ -94,26 +95,33 @@ def tune(
             raise ArgumentError(f"prompts are given with {' and '.join(clash)}, which are for images; leave them out")
         return tune_on_prompts(model, prompts, goal, seed=seed, progress=progress)
     assert images is not None
+    step = Steps(6 if isinstance(images, Tensor) else 7, progress)
     if not isinstance(images, Tensor):
+        step("reading images")
         images = load_images(images, model, ENOUGH, seed=seed, progress=progress)
     check_enough(images)
     if len(images) < batch_size:
         raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
     backbone.check(images)
     image_size = (images.shape[2], images.shape[3])
+    step("measuring what tokens cost on this machine")
     notes_ = Notes(notes, model, images, batch_size, seed, codebooks)
     profile = notes_.profile or LatencyProfile.measure(
         model, batch_size, image_size=image_size, seed=seed, progress=progress
     )
     notes_.keep_profile(profile)
+    step.found(f"the model takes {profile.predict():.1f} ms a batch; predictions err by {100 * profile.error:.1f} %")
+    step(f"asking the model itself for its answers to {len(images)} images")
     calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
     made = _strategies(codebooks, backbone.grid(image_size))
     bound = {name: calibration.with_strategy(_known(make_strategy(how))) for name, how in made.items()}
+    step(f"timing {len(made)} ways to reduce tokens before the blocks")
     costs = _costs(profile, images[:batch_size], bound, seed, progress)
     options = {"": Option(calibration)} | {name: Option(bound[name], costs[name]) for name in made}
+    step("removing tokens in one block after the other, and comparing the answers")
     search = Search(profile, options, notes_, progress=progress)
     bench = _Bench(model, made, images, batch_size, seed, progress)
-    points = _search_front(search, goal, bench)
+    points = _search_front(search, goal, bench, step)
     front = front_of(points)
     plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, choose(points, goal), front)
     notes_.remove()
@@ -173,11 +181,16 @@ def _kind(fast: VWTokenizer) -> str:
     return f"{type(fast.strategy).__name__} {id(getattr(fast.strategy, 'codebook', None))}"
 
 
-def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench") -> list[Point]:
+def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench", step: Steps) -> list[Point]:
     """The best for the goal, and, with less effort, for some budgets around it, all with their measured latency."""
     full = search.profile.predict()
-    outcomes = [search.best(r * full, FEW, finalists=2) for r in RATIOS if search.least() <= r * full]
+    ratios = [ratio for ratio in RATIOS if search.least() <= ratio * full]
+    step(f"searching plans for {', '.join(f'{ratio:g}' for ratio in ratios) or 'no part'} of the model's latency")
+    outcomes = [search.best(ratio * full, FEW, finalists=2) for ratio in ratios]
     points = bench.measure(outcomes)
+    for point in points[1:]:
+        step.found(point.figures)
+    step(f"searching the plan for {describe_goal(goal)}, and timing it")
     target = goal.get("ratio", goal.get("milliseconds", 0.0) / points[0].milliseconds)
     aim = target or _between(points, goal["agreement"], search.least() / full)
     found: Outcome | None = None
@@ -190,6 +203,7 @@ def _search_front(search: Search, goal: Mapping[str, float], bench: "_Bench") ->
         outcomes += dict.fromkeys(outcome for outcome in (also, found) if outcome is not None)
         points = bench.measure(outcomes)
         reached = points[-1]
+        step.found(reached.figures)
         if target:  # what is measured differs a little from what was predicted
             aim *= target / reached.ratio
         else:
