@@ -158,7 +158,13 @@ def test_progress_is_shown_unless_quiet(capsys):
     arguments.remove("--quiet")
     status, _, err = run(capsys, arguments)
     assert status == 0
-    assert all(part in err for part in ("sample", "cluster", "count", "img/s"))
+    steps = [line for line in err.splitlines() if line.startswith("step")]
+    assert steps == [
+        "step 1 of 3: sampling patches of 3 images",
+        "step 2 of 3: clustering 300 patches into 16 words",
+        "step 3 of 3: counting each word in 3 images",
+    ]
+    assert err.splitlines()[-1].startswith('next: reduce tokens with vwt.InterImage(vwt.Codebook.load("w.zarr"))')
 
 
 @pytest.mark.parametrize("flags", [[], ["--euclidean"]])
@@ -283,6 +289,8 @@ PROFILE = MODEL | {"--points": "3", "--runs": "1", "--out": "profile.json"}
 SCHEDULE = MODEL | {"--profile": "profile.json", "--images": "photos", "--ratio": "0.8", "--out": "schedule.json"}
 TUNE = MODEL | {"--images": "photos", "--ratio": "0.9", "--out": "plan.json"}
 
+REPORT = MODEL | {"--plan": "plan.json", "--images": "images", "--out": "report.html"}
+
 
 def call(name, options, *flags):
     return [name, "--quiet", *flags, *(word for option in options.items() for word in option)]
@@ -306,6 +314,17 @@ def profile(measured, folder):
     known = {**vars(measured), **per_token, "counting": per_token["block"], "reductions": free}
     made = LatencyProfile(**{field: known[field] for field in LatencyProfile.__dataclass_fields__})
     made.save("profile.json")
+    return made
+
+
+@pytest.fixture
+def plan(folder):
+    """Of the model that the commands are called with."""
+    own = LatencyProfile.identify(timm.create_model("test_vit").eval())
+    machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
+    point = Point({"name": "Neighbours", "drop": 0.2}, PruningSchedule({2: 8}), 8.0, 0.8, 0.1, 0.9)
+    made = Plan(own["model"], 1, own["dtype"], machine, {"ratio": 0.8}, point, [point])
+    made.save("plan.json")
     return made
 
 
@@ -369,6 +388,31 @@ def test_tune(capsys, photos, folder, monkeypatch):
     assert not (folder / "plan.json.tuning").exists()
     model = timm.create_model("test_vit").eval()
     assert plan.apply(model)(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
+
+
+NEXT = {
+    "profile": (
+        PROFILE,
+        "vwt schedule --profile profile.json --model test_vit --images DIR --ratio 0.8 --out NAME.json",
+    ),
+    "tune": (TUNE, 'apply it with vwt.Plan.load("plan.json").apply(model)'),
+    "report": (REPORT, "open report.html in a browser"),
+}
+
+
+@pytest.mark.parametrize("name", NEXT)
+def test_what_to_do_next_is_said_last_unless_quiet(capsys, photos, plan, monkeypatch, name):
+    monkeypatch.setattr("vwt.commands.tuning.tune", lambda *_, **__: plan)
+    options, advice = NEXT[name]
+    arguments = call(name, options)
+    _, quiet, err = run(capsys, arguments)
+    assert err == ""
+    arguments.remove("--quiet")
+    status, out, err = run(capsys, arguments)
+    assert (status, out.splitlines()[-1]) == (0, options["--out"])
+    assert len(out.splitlines()) == len(quiet.splitlines())
+    assert err.splitlines()[0] == "opening test_vit"
+    assert err.splitlines()[-1] == f"next: {advice}"
 
 
 @pytest.mark.parametrize(
@@ -528,19 +572,6 @@ def test_an_interrupt_says_how_to_go_on(capsys, photos, profile, monkeypatch, na
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
-
-REPORT = MODEL | {"--plan": "plan.json", "--images": "images", "--out": "report.html"}
-
-
-@pytest.fixture
-def plan(folder):
-    """Of the model that the commands are called with."""
-    own = LatencyProfile.identify(timm.create_model("test_vit").eval())
-    machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
-    point = Point({"name": "Neighbours", "drop": 0.2}, PruningSchedule({2: 8}), 8.0, 0.8, 0.1, 0.9)
-    made = Plan(own["model"], 1, own["dtype"], machine, {"ratio": 0.8}, point, [point])
-    made.save("plan.json")
-    return made
 
 
 def test_report(capsys, plan):

@@ -6,6 +6,7 @@ from pathlib import Path
 from vwt.codebook.building import run_build
 from vwt.codebook.config import BACKENDS, BuildConfig, BuildReport
 from vwt.codebook.engine import ENGINES, Engine
+from vwt.commands.options import finish
 from vwt.datasets import check_source
 from vwt.errors import CodebookError
 from vwt.models.create import create_model
@@ -41,7 +42,7 @@ def add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     build.add_argument("--resume", action="store_true", help="go on with an interrupted build")
     build.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
-    build.add_argument("--quiet", action="store_true", help="no progress bars")
+    build.add_argument("--quiet", action="store_true", help="results only: no progress, no advice")
     build.set_defaults(run=_build, if_interrupted="; go on with --resume")
 
 
@@ -81,8 +82,9 @@ def _build(arguments: argparse.Namespace) -> int:
         work=arguments.work,
     )
     print(build_summary(report, config))
-    print(f"{arguments.out}")
-    return 0
+    use = f'vwt.InterImage(vwt.Codebook.load("{arguments.out}"))'
+    advice = f"reduce tokens with {use}, or let vwt tune --codebook {arguments.out} try it"
+    return finish(arguments, arguments.out, advice)
 
 
 def build_summary(report: BuildReport, config: BuildConfig) -> str:

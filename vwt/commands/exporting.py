@@ -1,13 +1,20 @@
 """`vwt export`."""
 
 import argparse
+from pathlib import Path
 
-from vwt.commands.options import add_draw, add_model, open_model
+from vwt.commands.options import add_draw, add_model, finish, open_model
 from vwt.datasets import check_source
 from vwt.errors import ArgumentError
 from vwt.export.exporting import LEAST, check_target
 from vwt.tuning.calibration import load_images
 from vwt.tuning.plan import CHECKED, Plan
+
+CALLS = {
+    ".onnx": 'onnxruntime.InferenceSession("{}").run(None, {{"images": images}})',
+    ".xml": 'openvino.Core().compile_model("{}", "CPU")(images)',
+    ".pt2": 'torch._inductor.aoti_load_package("{}")(images)',
+}  # what runs a file, by its suffix
 
 
 def add_export(exported: argparse.ArgumentParser) -> None:
@@ -33,5 +40,4 @@ def _export(arguments: argparse.Namespace) -> int:
     plan.apply(model, force=arguments.force)  # before images are read
     images = load_images(arguments.images, model, arguments.count, seed=arguments.seed, progress=show)
     print(plan.export(model, arguments.to, images, batch_size=batch_size, force=arguments.force, progress=show))
-    print(arguments.to)
-    return 0
+    return finish(arguments, arguments.to, f"run it with {CALLS[Path(arguments.to).suffix].format(arguments.to)}")

@@ -9,6 +9,7 @@ from torch import nn
 from vwt.errors import ArgumentError, ModelError, first_line
 from vwt.models.create import create_model
 from vwt.models.support import find_support
+from vwt.progress import say
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the model runs")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch takes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="results only: no progress, no advice")
 
 
 def add_draw(parser: argparse.ArgumentParser, count: int) -> None:
@@ -45,5 +46,13 @@ def open_model(arguments: argparse.Namespace) -> nn.Module:
         support = find_support(arguments.model)
         if support.reason is not None:
             raise ModelError(str(support))
+    say(f"opening {arguments.model}", not arguments.quiet)
     model = create_model(arguments.model, arguments.checkpoint)
     return model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
+
+
+def finish(arguments: argparse.Namespace, path: str, advice: str) -> int:
+    """Print where the result is as the last line of stdout, then on stderr what to do next; returns the exit status."""
+    print(path)
+    say(f"next: {advice}", not arguments.quiet)
+    return 0

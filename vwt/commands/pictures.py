@@ -7,12 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from vwt.codebook.codebook import Codebook
-from vwt.commands.options import add_draw, add_model, open_model
+from vwt.commands.options import add_draw, add_model, finish, open_model
 from vwt.datasets import ImageSource, check_source, read_image
 from vwt.errors import ArgumentError
 from vwt.pictures.figures import check_picture
 from vwt.pictures.report.report import check_report, write_report
 from vwt.pictures.show import save_stages
+from vwt.progress import say
 from vwt.strategies.inter_image import InterImage
 from vwt.strategies.intra_image import IntraImage
 from vwt.strategies.neighbours import Neighbours
@@ -38,7 +39,7 @@ def _report(arguments: argparse.Namespace) -> int:
     check_source(arguments.images)
     plan = Plan.load(arguments.plan)
     save_report(arguments.out, plan, open_model(arguments), arguments, force=arguments.force)
-    return 0
+    return finish(arguments, arguments.out, f"open {arguments.out} in a browser")
 
 
 def save_report(path: str, plan: Plan, model: nn.Module, arguments: argparse.Namespace, *, force: bool = False) -> None:
@@ -55,7 +56,6 @@ def save_report(path: str, plan: Plan, model: nn.Module, arguments: argparse.Nam
     )
     if skipped:
         print(f"vwt: left out {len(skipped)} images that cannot be read: {', '.join(skipped)}", file=sys.stderr)
-    print(path)
 
 
 def add_show(show: argparse.ArgumentParser) -> None:
@@ -90,11 +90,11 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.images is not None and codebook is not None:
         source = ImageSource(arguments.images, model)
         images = source.sample(arguments.count, seed=arguments.seed, progress=not arguments.quiet)
+    say("drawing", not arguments.quiet)
     save_stages(
         arguments.out, image, fast, codebook, images, heading=f"{Path(arguments.image).name}, {arguments.model}"
     )
-    print(arguments.out)
-    return 0
+    return finish(arguments, arguments.out, f"open {arguments.out}")
 
 
 def read_strategy(text: str) -> Strategy:

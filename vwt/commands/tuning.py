@@ -2,7 +2,7 @@
 
 import argparse
 
-from vwt.commands.options import add_draw, add_model, open_model
+from vwt.commands.options import add_draw, add_model, finish, open_model
 from vwt.commands.pictures import save_report
 from vwt.datasets import check_source
 from vwt.documents import check_writable
@@ -10,11 +10,14 @@ from vwt.errors import ArgumentError
 from vwt.pictures.charts import plot_profile, plot_utility
 from vwt.pictures.figures import check_picture
 from vwt.pictures.report.report import check_report
+from vwt.progress import say
 from vwt.tuning.calibration import ENOUGH, Calibration, load_images
 from vwt.tuning.goal import check_goal
 from vwt.tuning.profile import POINTS, RUNS, LatencyProfile
 from vwt.tuning.schedule import PruningSchedule
 from vwt.tuning.tune import tune
+
+AS_IT_IS = "use the model as it is, or ask for less of its latency"
 
 
 def add_profile(profile: argparse.ArgumentParser) -> None:
@@ -32,8 +35,10 @@ def add_profile(profile: argparse.ArgumentParser) -> None:
 def _profile(arguments: argparse.Namespace) -> int:
     check_picture(arguments.plot)
     check_writable(arguments.out, "profile")
+    model = open_model(arguments)
+    say(f"timing each part of it on {arguments.points} token counts", not arguments.quiet)
     profile = LatencyProfile.measure(
-        open_model(arguments),
+        model,
         arguments.batch_size,
         points=arguments.points,
         runs=arguments.runs,
@@ -44,8 +49,8 @@ def _profile(arguments: argparse.Namespace) -> int:
     print(profile_summary(profile))
     if arguments.plot:
         plot_profile(arguments.plot, profile)
-    print(arguments.out)
-    return 0
+    options = f"--profile {arguments.out} --model {arguments.model} --images DIR --ratio 0.8 --out NAME.json"
+    return finish(arguments, arguments.out, f"vwt schedule {options}")
 
 
 def profile_summary(profile: LatencyProfile) -> str:
@@ -54,11 +59,11 @@ def profile_summary(profile: LatencyProfile) -> str:
     lines = [
         f"{profile.model}, batch {profile.batch_size}, {profile.dtype}, {machine['cpu']}, {machine['device']}, "
         f"{machine['threads']} threads",
-        "tokens  one block, ms  of it attention",
+        "tokens  one block, ms  of it attention, ms",
     ]
     rows = zip(profile.counts, profile.block, profile.attention, strict=True)
     knees = profile.knees()
-    lines += [f"{n:>6}  {block:>13.3f}  {own:>15.3f}{'  knee' if n in knees else ''}" for n, block, own in rows]
+    lines += [f"{n:>6}  {block:>13.3f}  {own:>19.3f}{'  knee' if n in knees else ''}" for n, block, own in rows]
     lines.append(
         f"whole model {profile.predict():.2f} ms; predictions of forwards err by {100 * profile.error:.1f} % (median)"
     )
@@ -98,6 +103,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
     if arguments.utility:
         block = profile.depth // 4 if arguments.block is None else arguments.block
         counts = [profile.prefix + n for n in range(profile.patches, 0, -max(1, profile.patches // 14))]
+        say(f"removing tokens at random after block {block}, and comparing the answers", show)
         accuracy = Calibration(model, images, progress=show).removal(block, counts, seed=arguments.seed, progress=show)
         schedule = PruningSchedule.from_utility(profile, accuracy, arguments.alpha, block)
         if arguments.plot:
@@ -107,8 +113,8 @@ def _schedule(arguments: argparse.Namespace) -> int:
         schedule = PruningSchedule.for_budget(profile, model, images, **budget, progress=show)
     schedule.save(arguments.out)
     print(schedule.table(profile) if schedule else "do not prune: the full model is within the budget or as fast")
-    print(arguments.out)
-    return 0
+    use = f'vwt.VWTokenizer(model, schedule=vwt.PruningSchedule.load("{arguments.out}"))'
+    return finish(arguments, arguments.out, f"apply it with {use}" if schedule else AS_IT_IS)
 
 
 def add_tune(tuned: argparse.ArgumentParser) -> None:
@@ -147,7 +153,9 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
     plan.save(arguments.out)
     print(plan)
+    advice = f'apply it with vwt.Plan.load("{arguments.out}").apply(model)' if plan.chosen.reduces else AS_IT_IS
+    if not arguments.report:
+        return finish(arguments, arguments.out, advice)
     print(arguments.out)
-    if arguments.report:
-        save_report(arguments.report, plan, model, arguments)
-    return 0
+    save_report(arguments.report, plan, model, arguments)
+    return finish(arguments, arguments.report, f"{advice}, and open {arguments.report} in a browser")

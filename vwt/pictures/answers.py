@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vwt.datasets import ImageSource
 from vwt.errors import DataError
 from vwt.models.spec import PatchSpec, prepare
+from vwt.progress import say
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import BATCH, NEVER, SHARPNESS, Fidelity, compare
 
@@ -56,6 +57,7 @@ def load_photographs(
             raise DataError("there are no images; give at least one")
         return Photographs(pixels.cpu(), [f"image {index}" for index in range(len(pixels))], [], False)
     source = ImageSource(os.fspath(images), model)
+    say(f"reading {DRAWN} images of {os.fspath(images)}", progress)
     drawn = source.draw(DRAWN, seed=seed, progress=progress)
     if not drawn.indices:
         raise DataError(f"{images} has no image that can be read; give others")

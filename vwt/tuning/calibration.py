@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError
 from vwt.models.spec import family_of, prepare
-from vwt.progress import progress_bar
+from vwt.progress import progress_bar, say
 from vwt.reductions.reduction import Reduction
 from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
@@ -47,6 +47,7 @@ def load_images(
     Raises:
         DataError: if there is no such data set, or it has less than 16 images that can be read.
     """
+    say(f"reading {count} images of {os.fspath(source)}", progress)
     images = ImageSource(os.fspath(source), model).sample(count, seed=seed, progress=progress)
     if len(images) < LEAST:
         if count < LEAST:

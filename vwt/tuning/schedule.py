@@ -14,7 +14,7 @@ from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, brief
 from vwt.measure.timing import Latency, measure_latency
 from vwt.models.backbone import Backbone
-from vwt.progress import Steps, say
+from vwt.progress import Steps
 from vwt.reductions.kinds import KINDS, check_amounts
 from vwt.reductions.prune import Prune
 from vwt.reductions.reduction import Reduction, patches_entering
@@ -154,7 +154,6 @@ class PruningSchedule(Mapping[int, Reduction]):
         if limit >= profile.predict():
             return cls({})
         if not isinstance(images, Tensor):
-            say("reading images", progress)
             images = load_images(images, model, max(ENOUGH, profile.batch_size), seed=seed, progress=progress)
         if len(images) < profile.batch_size:  # before the search
             raise ArgumentError(f"{len(images)} images do not fill a batch of {profile.batch_size}; give more")

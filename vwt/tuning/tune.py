@@ -95,15 +95,14 @@ def tune(
             raise ArgumentError(f"prompts are given with {' and '.join(clash)}, which are for images; leave them out")
         return tune_on_prompts(model, prompts, goal, seed=seed, progress=progress)
     assert images is not None
-    step = Steps(6 if isinstance(images, Tensor) else 7, progress)
     if not isinstance(images, Tensor):
-        step("reading images")
         images = load_images(images, model, ENOUGH, seed=seed, progress=progress)
     check_enough(images)
     if len(images) < batch_size:
         raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
     backbone.check(images)
     image_size = (images.shape[2], images.shape[3])
+    step = Steps(6, progress)
     step("measuring what tokens cost on this machine")
     notes_ = Notes(notes, model, images, batch_size, seed, codebooks)
     profile = notes_.profile or LatencyProfile.measure(
