@@ -319,10 +319,11 @@ class Backbone:
             return self.head(self.final_norm(packed), words, steps)
         last = self.depth - 1
         packed, _ = self.run(packed, reductions, start, last)
-        if has_hooks(self.blocks[last]):
+        block = self.family.blocks[last]
+        if has_hooks(block):
             prefix, _ = unpack(self.run(packed, start=last)[0], self.prefix)
             return self.family.head(self.family.final_norm(prefix))
-        attention, mlp = self.halves(self.blocks[last])
+        attention, mlp = self.halves(block)
         prefix = prefix_tokens(run_blocks(attention, packed, one_by_one=self._one_by_one(packed)), self.prefix)
         return self.family.head(self.family.final_norm(mlp(prefix, None)))
 

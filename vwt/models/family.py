@@ -169,7 +169,10 @@ class Family:
     @property
     def projection(self) -> Any:
         """The layer of it that is given pixels."""
-        return next(layer for layer in self.model.patch_embed.modules() if isinstance(layer, nn.Conv2d))
+        patch_embed = self.model.patch_embed
+        if type(patch_embed) is PatchEmbed and isinstance(patch_embed.proj, nn.Conv2d):
+            return patch_embed.proj
+        return next(layer for layer in patch_embed.modules() if isinstance(layer, nn.Conv2d))
 
     def project(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to the embeddings of their patches (B, N, D), without position."""

@@ -28,6 +28,7 @@ class Packed:
         places: where the tokens are, for models whose attention asks for it; else None.
         bias_on_self: whether a token is counted so by itself too.
         memo: what follows from all but the values, once it has been asked for; blocks on the same tokens share it.
+        images: B.
         is_dense: whether all images have as many tokens.
     """
 
@@ -38,17 +39,13 @@ class Packed:
     places: Positions | None = None
     bias_on_self: bool = True
     memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
+    images: int = field(init=False)
     is_dense: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Stored, so that compiled code can ask without being compiled again for other lengths.
-        equal = isinstance(self.lengths, Equal) or all(length == self.lengths[0] for length in self.lengths)
-        self.is_dense = equal
-
-    @property
-    def images(self) -> int:
-        """B."""
-        return count_images(self.lengths)
+        self.images = count_images(self.lengths)
+        self.is_dense = type(self.lengths) is Equal or len(set(self.lengths)) <= 1
 
     @property
     def offsets(self) -> Tensor:
@@ -118,7 +115,7 @@ def pack(
 
 def _join(prefix: Tensor, merged: Tensor, counts: Sequence[int]) -> Tensor:
     batch, _, width = prefix.shape
-    if isinstance(counts, Equal) or len(set(counts)) <= 1:
+    if type(counts) is Equal or len(set(counts)) <= 1:
         return torch.cat([prefix, merged.view(batch, counts[0] if count_images(counts) else 0, width)], dim=1).flatten(
             0, 1
         )

@@ -30,7 +30,8 @@ class lazy_property(Generic[Value]):
 class Equal(Sequence[int]):
     """The same number of tokens for each of some images, as a tuple, except that the images may be of any number.
 
-    torch.export and torch.compile fix the number of a tuple's members.
+    torch.export and torch.compile fix the number of a tuple's members. Asked for by `type`, as `isinstance` takes long
+    for a Sequence.
     """
 
     def __init__(self, length: int, images: int) -> None:
@@ -53,12 +54,12 @@ def equal_lengths(length: int, images: int) -> Sequence[int]:
 
 def count_images(lengths: Sequence[int]) -> int:
     """How many images have these lengths."""
-    return lengths.images if isinstance(lengths, Equal) else len(lengths)
+    return lengths.images if type(lengths) is Equal else len(lengths)
 
 
 def lengthen(lengths: Sequence[int], by: int) -> Sequence[int]:
     """So many tokens more for each image, or fewer."""
-    if isinstance(lengths, Equal):
+    if type(lengths) is Equal:
         return Equal(lengths.length + by, lengths.images)
     return tuple(length + by for length in lengths)
 

@@ -45,7 +45,7 @@ class Words:
     def number(self) -> int:
         """T, tokens of all images."""
         lengths = self.lengths
-        return lengths.length * lengths.images if isinstance(lengths, Equal) else sum(lengths)
+        return lengths.length * lengths.images if type(lengths) is Equal else sum(lengths)
 
     @lazy_property
     def rows(self) -> Tensor:
