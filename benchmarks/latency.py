@@ -15,7 +15,8 @@ beforehand, so that the reduction is free: as many tokens as the variant has, or
 mean rounded for all (the sum of tokens run dense). `ms` and its quartiles are over all batches and runs; every ratio
 (`ratio` to the full model, `efficiency` = ideal / actual, `vs_vwt` = a comparator's time over that of vwt to the same
 answers) is the median over batches of the ratio of the two medians over runs. `tokens` include prefix tokens, and are
-the mean over images and blocks of what enters.
+the mean over images and blocks of what enters. `page_faults` are the median over batches of one more call each, with
+the allocator that the header names (see `memory.py`).
 
 --matching times finding the words of real patches alone, by brute force and as the strategy does it, and compares the
 answers on all images. --scaling shows how time grows with images in a batch, with words, and with resolution; the
@@ -38,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import training
 from harness import WORDS, Bench, positive
+from memory import allocator, page_faults
 from results import Panel, Row, plot, print_table, ratio, save_results, spread
 from torch import Tensor, nn
 from variants import Module, Variant, build, choose, mean_tokens, registry, with_notes
@@ -49,7 +51,7 @@ from vwt.models.backbone import Backbone
 
 COLUMNS = {
     "name": "", "tokens": ".1f", "ms": ".2f", "ms_q1": ".2f", "ms_q3": ".2f", "ratio": ".3f", "ideal_ms": ".2f",
-    "efficiency": ".3f", "images_per_second": ".1f", "vs_vwt": ".3f", "note": "",
+    "efficiency": ".3f", "images_per_second": ".1f", "vs_vwt": ".3f", "page_faults": ".0f", "note": "",
 }  # fmt: skip
 PANEL = Panel("tokens", "ms", ("ms_q1", "ms_q3"), ("tokens an image, mean", "milliseconds a batch"), limit="ideal_ms")
 
@@ -85,7 +87,7 @@ def make_tables(arguments: argparse.Namespace) -> None:
     bench = Bench.open(arguments, WORDS if not (other or arguments.runtime) else other)
     batches = bench.batches()
     title = f"{arguments.model}, {arguments.images} images of {arguments.data}, batches of {arguments.batch_size}"
-    print(f"{bench.header['hardware']}\n{title}")
+    print(f"{bench.header['hardware']}\nallocator {allocator()}\n{title}")
     tables: dict[str, list[Row]] = {}
     if arguments.matching:
         tables["matching"] = matching.measure(bench)
@@ -101,7 +103,7 @@ def make_tables(arguments: argparse.Namespace) -> None:
         tables["latency"] = measure(bench, variants, batches)
         what = "Training steps, milliseconds" if arguments.training else "Latency, milliseconds a batch"
         print_table(what, tables["latency"], COLUMNS)
-    save_results(bench.paths, bench.header, tables)
+    save_results(bench.paths, bench.header | {"allocator": allocator()}, tables)
     if arguments.plot:
         plot(arguments.plot, tables["latency"], [PANEL], f"{title}\n{bench.header['hardware']}")
 
@@ -117,6 +119,9 @@ def measure(bench: Bench, variants: Sequence[Variant], batches: list[Tensor]) ->
         }
     seconds = dict(zip(modules, bench.time(calls, len(batches)), strict=True))
     rows = [make_row(variant, tokens, seconds, len(batches[0])) for variant in variants if variant.name in modules]
+    with bench.autocast():
+        for row, own in zip(rows, calls, strict=True):
+            row["page_faults"] = page_faults(own["actual"], len(batches))
     return with_notes(variants, rows, notes)
 
 
