@@ -1,4 +1,4 @@
-"""Images from folders, archives and hubs, through timm's readers."""
+"""Images from folders, archives, object storage and hubs, through timm's readers."""
 
 import hashlib
 import itertools
@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from vwt.errors import DataError, first_line
 from vwt.models.spec import family_of
 from vwt.progress import progress_bar
+from vwt.remote import RemoteReader, is_url, stays_here
 
 # Prefixes by which timm's factory knows a data set that is no folder and no tar file.
-_REMOTE = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
+_NAMED = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 
 
 _NOT_IMAGES = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -52,7 +53,7 @@ class ImageSource:
     """Anything that timm's dataset factory reads, as a stream of uint8 images through the model's own data config.
 
     Args:
-        source: a folder, a tar file, or a name such as `hfds/…`, `torch/…`, `tfds/…`, `wds/…`.
+        source: a folder or a tar file, or the URL of one; or a name such as `hfds/…`, `torch/…`, `tfds/…`, `wds/…`.
         model: the model whose size, crop and interpolation the images get.
         split: of data sets that have splits, and of folders that have a sub-folder of that name.
         root: where named data sets are cached.
@@ -83,7 +84,9 @@ class ImageSource:
     @property
     def name(self) -> str:
         """The data set's name, without the folders above it, which stay private."""
-        return self.source if self.source.lower().startswith(_REMOTE) else Path(self.source).resolve().name
+        if self.source.lower().startswith(_NAMED):
+            return self.source
+        return self.source.rstrip("/").rpartition("/")[2] if is_url(self.source) else Path(self.source).resolve().name
 
     @property
     def classes(self) -> dict[str, int]:
@@ -123,14 +126,17 @@ class ImageSource:
         if isinstance(self.dataset, IterableDataset):
             yield from self._stream(batch_size, start, None if chosen is None else start + len(list(chosen)))
             return
-        loader = DataLoader(
+        loader: Iterable[Batch | DataError] = DataLoader(
             _Decoded(self.dataset, self.transform, self.mode),
             batch_size=batch_size,
             sampler=range(start, len(self)) if chosen is None else chosen,
-            num_workers=workers,
+            num_workers=0 if stays_here(self.source) else workers,
             collate_fn=self._collate,
         )
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, DataError):  # raised in a worker, it would come with that one's traceback
+                raise batch
+            yield batch
 
     def sample(self, count: int, *, seed: int = 0, progress: bool = False) -> Tensor:
         """Images (count, C, H, W) uint8 drawn at random, fewer if fewer can be read.
@@ -166,9 +172,13 @@ class ImageSource:
     def _stream(self, batch_size: int, start: int, stop: int | None) -> Iterator[Batch]:
         items = itertools.islice(enumerate(iter(self.dataset)), start, stop)
         while chunk := list(itertools.islice(items, batch_size)):
-            yield self._collate([(index, *_decode_item(item, self.transform, self.mode)) for index, item in chunk])
+            yield self._put_together([(index, *_decode_item(item, self.transform, self.mode)) for index, item in chunk])
 
-    def _collate(self, items: list[tuple[int, Tensor | str, int]]) -> Batch:
+    def _collate(self, items: list[tuple[int, Tensor | str, int] | DataError]) -> Batch | DataError:
+        failed = next((item for item in items if isinstance(item, DataError)), None)
+        return failed or self._put_together([item for item in items if not isinstance(item, DataError)])
+
+    def _put_together(self, items: list[tuple[int, Tensor | str, int]]) -> Batch:
         good = [(index, image, label) for index, image, label in items if isinstance(image, Tensor)]
         images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0, *self.input_size).byte()
         return Batch(
@@ -218,10 +228,12 @@ class _Decoded(Dataset):
     def __init__(self, dataset: Any, transform: Callable[[Any], Any], mode: str) -> None:
         self.dataset, self.transform, self.mode = dataset, transform, mode
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int] | DataError:
         reader = getattr(self.dataset, "reader", self.dataset)
         try:
             item = reader[index]
+        except DataError as error:
+            return error
         except _NOT_IMAGES as error:
             return index, _reason(error), -1
         return index, *_decode_item(item, self.transform, self.mode)
@@ -254,11 +266,11 @@ def _reason(error: BaseException) -> str:
 
 def check_source(source: str) -> None:
     """Raise DataError if a source on this machine is missing; a remote one is found missing when it is opened."""
-    remote = source.lower().startswith(_REMOTE)
+    remote = source.lower().startswith(_NAMED) or is_url(source)
     if not remote and not Path(source).exists():
         raise DataError(
-            f"no such folder or file: {source}; expected a folder of images, a tar file, or a name that begins with "
-            f"{', '.join(_REMOTE)}"
+            f"no such folder or file: {source}; expected a folder of images, a tar file, a URL, or a name that "
+            f"begins with {', '.join(_NAMED)}"
         )
     if not remote and Path(source).is_file() and Path(source).suffix != ".tar":
         raise DataError(f"{source} is a file, but no tar file; give a folder of images or a .tar archive")
@@ -266,15 +278,20 @@ def check_source(source: str) -> None:
 
 def _open(source: str, split: str, root: str | None, class_map: str) -> Any:
     check_source(source)
-    remote = source.lower().startswith(_REMOTE)
+    named = source.lower().startswith(_NAMED)
     if class_map and not Path(class_map).is_file():
         raise DataError(f"no class map at {class_map}; expected a text file with the name of one class a line")
     if class_map and source.lower().startswith("torch/"):
         raise DataError(f"{source} takes no class map; leave it out, its labels are its own")
     try:
-        dataset = create_dataset(
-            source if remote else "", root=root if remote else source, split=split, class_map=class_map
-        )
+        if is_url(source):
+            dataset = ImageDataset("", RemoteReader(source, split, class_map))
+        else:
+            dataset = create_dataset(
+                source if named else "", root=root if named else source, split=split, class_map=class_map
+            )
+    except DataError:
+        raise
     # The readers raise the errors of their libraries: assertion, import, network and value errors.
     except Exception as error:
         raise DataError(f"cannot read the data set {source}: {first_line(error)}") from error

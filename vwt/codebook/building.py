@@ -49,6 +49,7 @@ from vwt.errors import ArgumentError, CodebookError, DataError
 from vwt.measure.timing import Stopwatch
 from vwt.models.spec import PatchSpec
 from vwt.progress import Steps, progress_bar
+from vwt.remote import stays_here
 from vwt.tokens.patches import Space
 
 # faiss asks for at least 40 points a centre, and takes up to 256; little is gained above 200 ...
@@ -84,7 +85,8 @@ def build_codebook(
     """Cluster the patches of a data set into visual words (arXiv 2411.15397, section 3.2).
 
     Args:
-        source: anything that timm's dataset factory reads: a folder, a tar file, `hfds/…`, `torch/…`.
+        source: a folder or a tar file, here or at a URL (`s3://bucket/folder`), or `hfds/…`, `torch/…`; see
+            `vwt.datasets.ImageSource`.
         model: a timm Vision Transformer; images go through its own data config.
         words: K.
         space: "embedding" (words for this model) or "pixel" (for any model of its patch size).
@@ -145,7 +147,7 @@ def run_build(
         workers = max(1, min(8, (os.cpu_count() or 1) // 2)) if engine.alone else 0
     if workers < 0:
         raise ArgumentError(f"workers is {workers}; expected 0 (decode in this process) or more")
-    _check_divisible(stream, config, engine)
+    _check_divisible(stream, config, engine, work)
     with work_folder(target, resume=resume, overwrite=overwrite) as folder:
         features = FeatureStream(stream, model, spec, config.space, workers=workers, strict=strict)
         build = _Build(features, config, engine, folder, work, progress)
@@ -158,8 +160,13 @@ def run_build(
     return codebook, build.report
 
 
-def _check_divisible(stream: ImageSource, config: BuildConfig, engine: Engine) -> None:
-    """Raise ArgumentError if several workers cannot share the data set."""
+def _check_divisible(stream: ImageSource, config: BuildConfig, engine: Engine, work: str | None) -> None:
+    """Raise ArgumentError if several workers cannot share the data set, or the folder for results."""
+    for url in (stream.source, work or ""):
+        if not engine.alone and stays_here(url):
+            raise ArgumentError(
+                f"{url} is in the memory of this process, which workers do not see; take one process, or another place"
+            )
     if not engine.alone and not len(stream):
         raise ArgumentError(
             f"{stream.source} is a stream, which workers cannot share; read it in one process, or give it as a folder, "

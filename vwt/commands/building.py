@@ -16,7 +16,8 @@ from vwt.tokens.patches import SPACES
 def add_build(build: argparse.ArgumentParser) -> None:
     """The options of `vwt build`."""
     default = BuildConfig()
-    build.add_argument("source", help="a folder of images, a tar file, or hfds/…, torch/…, tfds/…, wds/…")
+    source = "a folder of images or a tar file, here or at a URL (s3://…), or hfds/…, torch/…, tfds/…, wds/…"
+    build.add_argument("source", help=source)
     build.add_argument("--model", required=True, help="timm model whose patches and data config are used")
     build.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
     build.add_argument("--out", required=True, help="where to write the codebook: NAME.zarr or NAME.zarr.zip")
