@@ -192,8 +192,15 @@ def server(folder):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("server")
-@pytest.mark.parametrize("source", ["images", "images.tar"])
-@pytest.mark.parametrize("arguments", [[], ["--workers", "2"], ["--num-workers", "2", "--work", "s3://bucket/work"]])
+@pytest.mark.parametrize(
+    ("source", "arguments"),
+    [
+        ("images", []),
+        ("images", ["--workers", "2"]),
+        ("images", ["--num-workers", "2", "--work", "s3://bucket/work"]),
+        ("images.tar", ["--workers", "2"]),
+    ],
+)
 def test_codebook_of_a_bucket_has_the_bytes_of_the_local_one(tmp_path, server, source, arguments):
     assert build(f"s3://bucket/{source}", tmp_path / "w.zarr", *arguments) == 0
     assert bytes_of(tmp_path / "w.zarr") == bytes_of(Path(f"{source}.zarr"))
