@@ -21,7 +21,7 @@ from tests.reductions.loops import correlation, slow_absorb, slow_apply, slow_re
 from vwt import Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.models.backbone import Backbone
 from vwt.reductions.absorb import Absorb, absorb
-from vwt.reductions.reducing import reduce_between
+from vwt.reductions.reducing import reduce_after
 from vwt.tokens.packing import Packed
 
 # No two of them are alike: correlations are 1, 0 and -1, and 0 with the last one, whose channels are all the same.
@@ -231,7 +231,7 @@ def test_absorbing_between_halves(patches, amount, prefix, sized):
         return tokens
 
     def encode(some):
-        return reduce_between(attend, lambda tokens, inputs: tokens, some, Absorb(amount), prefix, one_by_one=False)[0]
+        return reduce_after(attend, some, Absorb(amount), prefix, one_by_one=False)[0]
 
     check_images_alone(encode, packed)
     encoded = encode(packed)

@@ -16,7 +16,7 @@ from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.models.family import Embedded
 from vwt.models.hooks import has_hooks, with_hooks
 from vwt.models.spec import family_of
-from vwt.reductions.reducing import Step, follow, reduce_between
+from vwt.reductions.reducing import Step, follow, reduce_after
 from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import BlockInputs, Half, run_blocks
 from vwt.tokens.packing import Packed, pack, prefix_tokens, unpack
@@ -205,7 +205,7 @@ class Backbone:
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, n, D) through the norm before the blocks, the blocks and the norm after them."""
-        return self.family.final_norm(self._run(self.blocks, self.family.pre_norm(tokens), None))
+        return self.family.final_norm(self._run(self.blocks, None, None, self.family.pre_norm(tokens), None))
 
     def encode_packed(self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING) -> tuple[Packed, list[Step]]:
         """The same for packed sequences of any number of tokens; every image as if alone.
@@ -232,39 +232,47 @@ class Backbone:
         self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING, start: int = 0, stop: int | None = None
     ) -> tuple[Packed, list[Step]]:
         """Tokens through the blocks from `start` to before `stop`; see `encode_packed`."""
+        return self._run_and_then(packed, reductions, start, stop, None)
+
+    def _run_and_then(
+        self, packed: Packed, reductions: Mapping[int, Reduction], start: int, stop: int | None, then: Half | None
+    ) -> tuple[Packed, list[Step]]:
+        """The same, and then through what is given, if anything."""
         steps: list[Step] = []
         blocks = self.blocks[:stop]
         if packed.images == 0:
             return packed, steps
         self.check_reductions(reductions)
         one_by_one = self._one_by_one(packed)
+        first: Half | None = None  # the rest of a block whose tokens became fewer: it runs with the blocks that follow
         for index in sorted(index for index in reductions if start <= index < len(blocks)):
-            packed = run_blocks(partial(self._run, blocks[start:index]), packed, one_by_one=one_by_one)
-            packed, step = self._reduce_in(blocks[index], packed, reductions[index], one_by_one)
+            packed = run_blocks(partial(self._run, blocks[start:index], first, None), packed, one_by_one=one_by_one)
+            packed, step, first = self._reduce_in(blocks[index], packed, reductions[index], one_by_one)
             steps.append(step)
             start = index + 1
-        return run_blocks(partial(self._run, blocks[start:]), packed, one_by_one=one_by_one), steps
+        return run_blocks(partial(self._run, blocks[start:], first, then), packed, one_by_one=one_by_one), steps
 
-    def _reduce_in(self, block: Any, packed: Packed, reduction: Reduction, one_by_one: bool) -> tuple[Packed, Step]:
-        """Tokens through one block, in which they become fewer.
+    def _reduce_in(
+        self, block: Any, packed: Packed, reduction: Reduction, one_by_one: bool
+    ) -> tuple[Packed, Step, Half | None]:
+        """Tokens through one block, in which they become fewer; what is left to do of it comes last.
 
         Its hooks are called once, with (B, n, C), or (1, T, C) where images differ in their tokens.
         """
         attention, mlp = self.halves(block)
-
-        def reduce(packed: Packed) -> tuple[Packed, Step]:
-            return reduce_between(attention, mlp, packed, reduction, self.prefix, one_by_one=one_by_one)
-
         if not has_hooks(block):
-            return reduce(packed)
+            return *reduce_after(attention, packed, reduction, self.prefix, one_by_one=one_by_one), mlp
         reduced: list[tuple[Packed, Step]] = []
 
         def forward(tokens: Tensor) -> Tensor:
-            reduced.append(reduce(packed.replace(tokens.flatten(0, 1))))
+            fewer, step = reduce_after(
+                attention, packed.replace(tokens.flatten(0, 1)), reduction, self.prefix, one_by_one=one_by_one
+            )
+            reduced.append((run_blocks(mlp, fewer, one_by_one=one_by_one), step))
             return _as_batch(reduced[0][0])
 
         tokens = with_hooks(block, forward)(_as_batch(packed))
-        return reduced[0][0].replace(tokens.flatten(0, 1)), reduced[0][1]
+        return reduced[0][0].replace(tokens.flatten(0, 1)), reduced[0][1], None
 
     def run_and_reduce(
         self, packed: Packed, index: int, reduction: Reduction, leave: Callable[[Tensor], Tensor]
@@ -272,13 +280,9 @@ class Backbone:
         """Tokens through block `index` and `leave`, and then reduced by what the block's attention says of them."""
 
         def whole(tokens: Tensor, inputs: BlockInputs | None) -> Tensor:
-            return leave(self._run([self.blocks[index]], tokens, inputs))
+            return leave(self._run([self.blocks[index]], None, None, tokens, inputs))
 
-        def nothing(tokens: Tensor, inputs: BlockInputs | None) -> Tensor:
-            return tokens
-
-        one_by_one = self._one_by_one(packed)
-        return reduce_between(whole, nothing, packed, reduction, self.prefix, one_by_one=one_by_one)
+        return reduce_after(whole, packed, reduction, self.prefix, one_by_one=self._one_by_one(packed))
 
     def _one_by_one(self, packed: Packed) -> bool:
         """Whether images of different lengths have to run one after another."""
@@ -286,14 +290,24 @@ class Backbone:
         recomputed = self.family.checkpoints and torch.is_grad_enabled()
         return not packed.is_dense and (recomputed or not self.family.packable)
 
-    def _run(self, blocks: list[Any], tokens: Tensor, inputs: BlockInputs | None) -> Tensor:
-        """Tokens (B, n, D) through blocks, with what these are given beside them."""
+    def _run(
+        self,
+        blocks: list[Any],
+        before: Half | None,
+        after: Half | None,
+        tokens: Tensor,
+        inputs: BlockInputs | None,
+    ) -> Tensor:
+        """Tokens (B, n, D) through blocks, with what these are given beside them, and halves before and after."""
+        if before is not None:
+            tokens = before(tokens, inputs)
         calls = self.family.calls(blocks, inputs)
         if self.family.checkpoints and blocks:
-            return checkpoint_seq(calls, tokens)
-        for call in calls:
-            tokens = call(tokens)
-        return tokens
+            tokens = checkpoint_seq(calls, tokens)
+        else:
+            for call in calls:
+                tokens = call(tokens)
+        return tokens if after is None else after(tokens, inputs)
 
     def halves(self, block: Any) -> tuple[Half, Half]:
         """A block up to what follows its attention, and the rest of it."""
@@ -318,14 +332,14 @@ class Backbone:
             packed, steps = self.run(packed, reductions, start)
             return self.head(self.final_norm(packed), words, steps)
         last = self.depth - 1
-        packed, _ = self.run(packed, reductions, start, last)
         block = self.family.blocks[last]
         if has_hooks(block):
+            packed, _ = self.run(packed, reductions, start, last)
             prefix, _ = unpack(self.run(packed, start=last)[0], self.prefix)
             return self.family.head(self.family.final_norm(prefix))
         attention, mlp = self.halves(block)
-        prefix = prefix_tokens(run_blocks(attention, packed, one_by_one=self._one_by_one(packed)), self.prefix)
-        return self.family.head(self.family.final_norm(mlp(prefix, None)))
+        packed, _ = self._run_and_then(packed, reductions, start, last, attention)
+        return self.family.head(self.family.final_norm(mlp(prefix_tokens(packed, self.prefix), None)))
 
     def to_grid(self, packed: Packed, words: Words, steps: Sequence[Step] = ()) -> Tensor:
         """Encoded tokens to the full grid (B, P + N, C): every patch takes the value of its token.

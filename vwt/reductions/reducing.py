@@ -1,4 +1,4 @@
-"""How a block runs whose tokens become fewer between its attention and its MLP."""
+"""How tokens become fewer after the attention of a block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from vwt.errors import ModelError
 from vwt.reductions.assignment import Assignment
 from vwt.reductions.reduction import Reduction
-from vwt.tokens.attention import Half, map_tokens, run_blocks
+from vwt.tokens.attention import Half, run_blocks
 from vwt.tokens.packing import Packed
 from vwt.tokens.tensors import equal_lengths, lengthen
 from vwt.tokens.words import Words, regroup
@@ -28,14 +28,13 @@ class Step:
     counts: Sequence[int]
 
 
-def reduce_between(
-    attention: Half, mlp: Half, packed: Packed, reduction: Reduction, prefix: int, *, one_by_one: bool
+def reduce_after(
+    attention: Half, packed: Packed, reduction: Reduction, prefix: int, *, one_by_one: bool
 ) -> tuple[Packed, Step]:
-    """Run a block whose tokens become fewer between its two halves, each image's on its own account.
+    """Run the first half of a block, and make fewer tokens of its output, each image's on its own account.
 
     Args:
         attention: the block up to what follows its attention.
-        mlp: the rest of it.
         packed: the sequences.
         reduction: what to do.
         prefix: P.
@@ -54,8 +53,7 @@ def reduce_between(
         )
     assignments = [reduction.assign(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
     after = _apply(reduction, assignments, before, runs)
-    step = Step(assignments, lengthen(after.lengths, -prefix))
-    return map_tokens(lambda tokens: mlp(tokens, None), after, one_by_one=one_by_one), step
+    return after, Step(assignments, lengthen(after.lengths, -prefix))
 
 
 def _apply(reduction: Reduction, assignments: list[Assignment], packed: Packed, runs: list[Tensor]) -> Packed:

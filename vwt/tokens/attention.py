@@ -84,14 +84,6 @@ def run_blocks(
     return packed.replace(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
-def map_tokens(function: Callable[[Tensor], Tensor], packed: Packed, *, one_by_one: bool = False) -> Packed:
-    """Apply to packed sequences what works on each token by itself: a function of tokens (b, n, C)."""
-    if packed.is_dense or one_by_one:
-        outputs = [function(run).flatten(0, 1) for run in packed.runs(packed.values)]
-        return packed.replace(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-    return packed.replace(function(packed.values[None])[0])
-
-
 def _attended(packed: Packed, together: bool) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
     """`_biases`, `_chosen` and `_rotary`, made once for all blocks that the same tokens go through."""
     key = ("attended", together, packed.values.dtype)
