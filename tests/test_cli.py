@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 import subprocess
@@ -270,6 +271,42 @@ def test_show_draws(capsys, options):
     with Image.open("out.png") as picture:
         assert 800 < picture.width <= 13.34 * 160  # the width of a slide
         assert (picture.height > 900) == ("w.zarr" in str(options))  # with words below
+
+
+def test_show_on_a_full_disk_leaves_no_picture(capsys, folder, monkeypatch):
+    def fill(self, path, **options):
+        path.write_bytes(b"")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill)
+    before = bytes_of(folder)
+    error = one_line(*run(capsys, ["show", "images/a/000.jpg", *SHOW, "--strategy", "intra:0.5"]))
+    assert error == "vwt: cannot draw out.png: No space left on device; choose another file\n"
+    assert bytes_of(folder) == before
+
+
+def test_the_model_is_created_as_asked_for(capsys, photos):
+    options = PROFILE | {"--threads": "1"}
+    assert (
+        run(capsys, [*call("profile", options), "--model-kwargs", "img_size=(64, 96)", "dynamic_img_pad=True"])[0] == 0
+    )
+    assert LatencyProfile.load("profile.json").patches == 4 * 6
+    error = one_line(*run(capsys, call("schedule", SCHEDULE)))
+    assert "measured with patches 24, here it is 100" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("96", "argument --model-kwargs: '96' is not NAME=VALUE"),
+        ("img-size=96", "argument --model-kwargs: 'img-size=96' is not NAME=VALUE"),
+        ("colour=red", r"timm \S+ cannot make test_vit with colour='red': .*unexpected keyword argument 'colour'"),
+        ("depth=__import__('os').getcwd()", 'cannot make test_vit with depth="__import__'),
+        ("num_classes=3", "holds no weights for test_vit: .* size mismatch for head"),
+    ],
+)
+def test_a_model_that_cannot_be_created_so(capsys, given, message):
+    assert re.search(message, one_line(*run(capsys, call("profile", PROFILE, "--model-kwargs", given))))
 
 
 def test_read_strategy(capsys):

@@ -3,6 +3,8 @@
 Each message says what was got, what was expected and what to do about it.
 """
 
+import errno
+
 
 class VWTError(Exception):
     """Base of everything that vwt raises on purpose."""
@@ -50,7 +52,16 @@ def brief(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def resume_advice(error: BaseException) -> str:
+    """How a build goes on whose files could not be written."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room and go on with --resume"
+    return "see that this place can be written and go on with --resume, or choose another"
+
+
 def first_line(error: BaseException) -> str:
-    """What another library's error says in one line that is not long, or its type where it says nothing."""
+    """What another library's error says in one line that is not long, its first; or its type where it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,26 @@ def test_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path, write):
         assert read_json(folder / "state.json") == "old"
         assert SavedTensors(folder / "state.safetensors").tensors.keys() == {"old"}
         write(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_place_that_cannot_be_written_is_not_told_to_make_room(tmp_path, monkeypatch, number):
+    def refuse(self, *arguments, **options):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    advice = rf"could not write .*{os.strerror(number)}; see that this place can be written and go on with --resume, or"
+    with pytest.raises(CodebookError, match=advice) as error:
+        begin(tmp_path / "w.zarr").__enter__()
+    assert "make room" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(CodebookError, match=r"Permission denied; see that this place can be written"):
+        begin(tmp_path / "w.zarr").__enter__()
+    tmp_path.chmod(0o700)
 
 
 def test_json_is_whole_or_damaged(tmp_path):

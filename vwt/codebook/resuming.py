@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vwt.errors import CodebookError
+from vwt.errors import CodebookError, resume_advice
 
 try:
     import fcntl
@@ -59,7 +59,7 @@ def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterat
         if error.errno not in _OF_DISKS:
             raise
         raise CodebookError(
-            f"could not write {error.filename or folder}: {error.strerror or error}; make room and go on with --resume"
+            f"could not write {error.filename or folder}: {error.strerror or error}; {resume_advice(error)}"
         ) from error
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from vwt.errors import CodebookError, first_line
+from vwt.errors import CodebookError, first_line, resume_advice
 
 
 class ShardStore:
@@ -41,8 +41,7 @@ class ShardStore:
         # Every file system raises errors of its own.
         except Exception as error:
             raise CodebookError(
-                f"could not write {path}: {first_line(error)}; what was written before is kept, make room and go on "
-                "with --resume"
+                f"could not write {path}: {first_line(error)}; what was written before is kept, {resume_advice(error)}"
             ) from error
 
     def read(self, name: str, shard: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -6,10 +6,9 @@ from pathlib import Path
 from vwt.codebook.building import run_build
 from vwt.codebook.config import BACKENDS, BuildConfig, BuildReport
 from vwt.codebook.engine import ENGINES, Engine
-from vwt.commands.options import finish
+from vwt.commands.options import add_named_model, create_named_model, finish
 from vwt.datasets import check_source
 from vwt.errors import CodebookError
-from vwt.models.create import create_model
 from vwt.tokens.patches import SPACES
 
 
@@ -18,8 +17,7 @@ def add_build(build: argparse.ArgumentParser) -> None:
     default = BuildConfig()
     source = "a folder of images or a tar file, here or at a URL (s3://…), or hfds/…, torch/…, tfds/…, wds/…"
     build.add_argument("source", help=source)
-    build.add_argument("--model", required=True, help="timm model whose patches and data config are used")
-    build.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
+    add_named_model(build, "timm model whose patches and data config are used")
     build.add_argument("--out", required=True, help="where to write the codebook: NAME.zarr or NAME.zarr.zip")
     build.add_argument("--words", type=int, default=default.words, help="number of words K")
     build.add_argument("--space", choices=SPACES, default=default.space, help="cluster pixels, or projected patches")
@@ -67,7 +65,7 @@ def _build(arguments: argparse.Namespace) -> int:
     check_source(arguments.source)
     # Pixels need no weights, only the model's patch size and normalisation.
     needs_weights = arguments.space == "embedding"
-    model = create_model(arguments.model, arguments.checkpoint, weights=needs_weights)
+    model = create_named_model(arguments, weights=needs_weights)
     _, report = run_build(
         arguments.source,
         model,

@@ -1,6 +1,8 @@
 """Options that several commands have, and what they open."""
 
 import argparse
+import ast
+from typing import Any
 
 import timm
 import torch
@@ -12,10 +14,46 @@ from vwt.models.support import find_support
 from vwt.progress import say
 
 
+def add_named_model(parser: argparse.ArgumentParser, about: str = "timm model") -> None:
+    """What says which model, and how it is created."""
+    parser.add_argument("--model", required=True, help=about)
+    parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_read_kwarg,
+        metavar="NAME=VALUE",
+        help="for timm.create_model, such as img_size=320",
+    )
+
+
+def _read_kwarg(text: str) -> tuple[str, Any]:
+    """`img_size=320` as a name and a Python literal, or a string where the value is none."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return name, value
+
+
+def create_named_model(arguments: argparse.Namespace, *, weights: bool = True) -> nn.Module:
+    """The model that is asked for; one that is not supported is refused before its weights are fetched."""
+    options = dict(arguments.model_kwargs)
+    if timm.is_model(arguments.model.split(".")[0]):
+        support = find_support(arguments.model, **options)
+        if support.reason is not None:
+            raise ModelError(str(support))
+    say(f"opening {arguments.model}", not arguments.quiet)
+    return create_model(arguments.model, arguments.checkpoint, weights=weights, **options)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Options of the commands that run a model."""
-    parser.add_argument("--model", required=True, help="timm model")
-    parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
+    add_named_model(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch takes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
@@ -42,12 +80,7 @@ def open_model(arguments: argparse.Namespace) -> nn.Module:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"no device {arguments.device!r}: {first_line(error)}") from error
-    if timm.is_model(arguments.model.split(".")[0]):  # before weights are fetched
-        support = find_support(arguments.model)
-        if support.reason is not None:
-            raise ModelError(str(support))
-    say(f"opening {arguments.model}", not arguments.quiet)
-    model = create_model(arguments.model, arguments.checkpoint)
+    model = create_named_model(arguments)
     return model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
 
 

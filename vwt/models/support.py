@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import timm
 import torch
 
 from vwt.errors import ModelError, first_line
 from vwt.models.backbone import Backbone
+from vwt.models.create import quiet
 from vwt.models.families import FAMILIES
 
 INSTALL = "pip install 'vwt[hf]'"
@@ -32,10 +34,11 @@ class Support:
         return f"{self.name}: " + (f"supported, {self.facts}" if self.reason is None else f"no. {self.reason}")
 
 
-def find_support(name: str) -> Support:
+def find_support(name: str, **options: Any) -> Support:
     """Whether a model of timm, or of a class of transformers, can be wrapped.
 
-    Neither weights nor memory are needed to say so.
+    Neither weights nor memory are needed to say so. A model of timm is made with options as `timm.create_model` takes
+    them.
 
     Raises:
         ModelError: if there is no such model, or it cannot be made without memory.
@@ -44,8 +47,11 @@ def find_support(name: str) -> Support:
         return _find_class_support(name)
     try:
         with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False)
+            model = timm.create_model(name, pretrained=False, **options)
     except Exception as error:  # whatever a model does when it is made
+        if options:
+            given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+            raise ModelError(f"timm {timm.__version__} cannot make {name} with {given}: {first_line(error)}") from error
         raise ModelError(
             f"{name} cannot be made on the meta device: {first_line(error)}; wrap it to see whether that works"
         ) from error
@@ -69,7 +75,8 @@ def _find_class_support(name: str) -> Support:
     hf = _transformers()
     if hf is None:
         raise ModelError(f"{unknown}; to ask for a class of transformers, {INSTALL}")
-    kind = hf.find_class(name)
+    with quiet("torch.utils._pytree"):  # where transformers imports torchao
+        kind = hf.find_class(name)
     if kind is None:
         raise ModelError(f"{unknown}; nor has transformers a class of models of that name")
     for kinds, about in hf.describe():
@@ -81,7 +88,8 @@ def _find_class_support(name: str) -> Support:
 def _transformers() -> ModuleType | None:
     """The adapters of transformers' models, where it is installed."""
     try:
-        return import_module("vwt.models.hf")
+        with quiet("torch.utils._pytree"):  # where transformers imports torchao
+            return import_module("vwt.models.hf")
     except ImportError:
         return None
 
