@@ -93,6 +93,7 @@ class VWTokenizer(nn.Module):
             weight = next(model.parameters())
             self.strategy = strategy.bind(spec).to(weight.device)
         self._unwatched = True
+        self._checked: int | None = -1
         self.training = model.training  # `train()` would change frozen parts of the model too
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
@@ -280,14 +281,21 @@ class VWTokenizer(nn.Module):
             embedded, words = self._reduce(images)
             merge_and_pack = self._merge_and_pack_uncompiled if words.count is None else self._merge_and_pack
             packed = merge_and_pack(embedded, words)
-        if words.count is not None:
+        if torch.compiler.is_compiling():
             check_amounts(self.schedule, self.backbone.depth, words.count)
-        if not torch.compiler.is_compiling() and self._unwatched:
-            self._watch(words)
+        elif words.count != self._checked or self._unwatched:
+            self._check(words)
         return packed, words
 
+    def _check(self, words: Words) -> None:
+        """Raise ArgumentError where the schedule cannot be held by so many tokens; say once if nothing is removed."""
+        check_amounts(self.schedule, self.backbone.depth, words.count)
+        self._checked = words.count  # the next images have as many, as a rule
+        if self._unwatched:
+            self._watch(words)
+
     def _watch(self, words: Words) -> None:
-        """Say so, once, if the first images lose nothing."""
+        """Say so if the first images lose nothing."""
         if not words.lengths:
             return
         self._unwatched = False
@@ -301,7 +309,7 @@ class VWTokenizer(nn.Module):
             warnings.warn(
                 f"{what} removed none of the tokens of the first {len(words.lengths)} images ({patches} patches each), "
                 "so that nothing is gained; see VWTokenizer.tokenize(images).counts, and ask for more",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _merge_and_pack(self, embedded: Embedded, words: Words) -> Packed:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vwt.tokens.tensors import Equal, count_images, equal_lengths, flat_index, lazy_property, sum_at
+from vwt.tokens.tensors import Equal, count_images, equal_lengths, flat_index, lazy_property, numbers, sum_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +157,7 @@ def keep_patches(kept: Tensor, grid: tuple[int, int]) -> Words:
 
 def keep_all(batch: int, grid: tuple[int, int], device: torch.device) -> Words:
     """Words in which every patch of each image is a token as it is."""
-    everything = torch.arange(grid[0] * grid[1], device=device).expand(batch, -1)
-    return KeptPatches(everything, grid)
+    return KeptPatches(numbers(grid[0] * grid[1], device).expand(batch, -1), grid)
 
 
 def merge(tokens: Tensor, words: Words) -> Tensor:
