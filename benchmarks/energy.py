@@ -38,7 +38,6 @@ from energy_record import Record, report
 from harness import Bench
 from results import Panel, Row, plot
 from torch import Tensor
-from tqdm import tqdm
 from variants import Module, Variant, build, choose, mean_tokens, registry
 
 import vwt
@@ -46,10 +45,17 @@ from vwt.energy.meter import Energy, EnergyMeter
 from vwt.energy.sensors import POWERCAP, Missing, Sensor, estimator, find_sensors
 from vwt.errors import ArgumentError
 from vwt.measure.timing import WARMUP, time_call
+from vwt.progress import progress_bar
 
 REST = 1.0  # seconds after which caches, clocks and the threads of torch have come to rest
 FREE = ("results_file", "plot", "quiet", "fresh", "cache", "runs", "only")  # arguments that change no figure
-PANEL = Panel("agreement", "joules_per_image", ("joules_low", "joules_high"), ("agreement", "joules an image"))
+PANEL = Panel(
+    "What an image costs, and how often the model's class stays: the lower right is best",
+    "agreement",
+    "joules_per_image",
+    ("joules_low", "joules_high"),
+    ("agreement with the full model, share of the images", "joules an image"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +172,7 @@ def measure(bench: Bench, meter: EnergyMeter, record: Record) -> None:
         calls = {name: bench.compiled(module) for name, module in modules.items()}
         rest(meter, record, session, options.seconds)
         left = sum(options.runs - record.done(name) for name in calls)
-        with tqdm(total=left, desc="windows", unit="window", disable=options.quiet) as bar:
+        with progress_bar(total=left, desc="measuring", unit="window", show=not options.quiet) as bar:
             for number in range(options.runs):
                 names = [name for name in calls if record.done(name) <= number]
                 random.Random(f"{options.seed} {number}").shuffle(names)

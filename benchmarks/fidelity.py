@@ -54,7 +54,6 @@ from results import (
     save_results,
 )
 from torch import Tensor
-from tqdm import tqdm
 from variants import FULL, OURS, PEERS, Module, build, choose, mean_tokens, registry, with_notes
 
 import vwt
@@ -63,6 +62,7 @@ from vwt.datasets import Batch, ImageSource
 from vwt.errors import ArgumentError, DataError
 from vwt.measure.timing import on_batches
 from vwt.models.spec import weights_checksum
+from vwt.progress import progress_bar
 from vwt.tuning.calibration import compare
 
 COLUMNS = {
@@ -76,9 +76,23 @@ EQUAL_KL = {
     "tokens": ".3f", "latency": ".3f", "latency_low": ".3f", "latency_high": ".3f",
 }  # fmt: skip
 SYNSETS = Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt"
-KL = ("kl_low", "kl_high"), "KL(full ‖ reduced), nats, mean and 95 % interval"
-OVER_TOKENS = Panel("tokens", "kl", KL[0], ("tokens an image, mean over blocks", KL[1]), front=True)
-OVER_LATENCY = Panel("ratio", "kl", KL[0], ("latency at batch 1, of the full model's", KL[1]), front=True)
+KL = ("kl_low", "kl_high"), "KL(full ‖ reduced), nats"
+OVER_TOKENS = Panel(
+    title="Over tokens: the lower left is best",
+    x="tokens",
+    y="kl",
+    ends=KL[0],
+    labels=("tokens an image, mean over blocks", KL[1]),
+    front=True,
+)
+OVER_LATENCY = Panel(
+    title="Over latency: the lower left is best",
+    x="ratio",
+    y="kl",
+    ends=KL[0],
+    labels=("latency at batch 1, ratio to the full model", KL[1]),
+    front=True,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,9 +144,7 @@ def run(arguments: argparse.Namespace) -> None:
     print_table("At the KL of the comparators", tables["equal_kl"], EQUAL_KL)
     save_results(bench.paths, header, tables)
     if arguments.plot:
-        shown = [row for row in rows if row.get("kl", 0) > 0]
-        panels = [OVER_TOKENS, OVER_LATENCY] if seconds else [OVER_TOKENS]
-        plot(arguments.plot, shown, panels, f"{title}\n{header['hardware']}")
+        plot_fronts(arguments.plot, rows, f"{title}\n{header['hardware']}")
     known.path.unlink(missing_ok=True)
 
 
@@ -274,7 +286,7 @@ def measure_fidelity(bench: Bench, modules: dict[str, Module], images: Images, k
     skipped: list[str] = []
     with (
         bench.autocast(),
-        tqdm(total=len(images.chosen) or None, desc="fidelity", unit="img", disable=options.quiet) as bar,
+        progress_bar(total=len(images.chosen) or None, desc="comparing", unit="image", show=not options.quiet) as bar,
     ):
         try:
             for batch in images.batches(options.batch_size, options.workers):
@@ -358,6 +370,12 @@ def mark_fronts(rows: Sequence[Row]) -> None:
     fronts = {"tokens": pareto(rows, "tokens", "kl"), "latency": pareto(rows, "ratio", "kl")}
     for row in rows:
         row["front"] = " ".join(name for name, front in fronts.items() if any(row is other for other in front))
+
+
+def plot_fronts(path: Path, rows: Sequence[Row], caption: str) -> None:
+    """Draw KL over tokens, and over latency where it was measured."""
+    panels = [panel for panel in (OVER_TOKENS, OVER_LATENCY) if any(row.get(panel.x) is not None for row in rows)]
+    plot(path, [row for row in rows if row.get("kl", 0) > 0], panels, caption)
 
 
 def equal_kl(rows: Sequence[Row], scores: Scores, seconds: dict[str, np.ndarray], seed: int) -> list[Row]:

@@ -53,7 +53,15 @@ COLUMNS = {
     "name": "", "tokens": ".1f", "ms": ".2f", "ms_q1": ".2f", "ms_q3": ".2f", "ratio": ".3f", "ideal_ms": ".2f",
     "efficiency": ".3f", "images_per_second": ".1f", "vs_vwt": ".3f", "page_faults": ".0f", "note": "",
 }  # fmt: skip
-PANEL = Panel("tokens", "ms", ("ms_q1", "ms_q3"), ("tokens an image, mean", "milliseconds a batch"), limit="ideal_ms")
+PANEL = Panel(
+    "What tokens cost; dashed: on as many tokens for nothing",
+    "tokens",
+    "ms",
+    ("ms_q1", "ms_q3"),
+    ("tokens an image, mean", "milliseconds a batch"),
+    limit="ideal_ms",
+    log=False,
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

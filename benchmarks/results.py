@@ -14,7 +14,9 @@ from scipy import stats
 
 from vwt.documents import replacing
 from vwt.errors import ArgumentError
-from vwt.pictures.figures import subplots
+from vwt.pictures.figures import SLIDE, save_figure, subplots
+from vwt.pictures.labels import Label, place_labels
+from vwt.pictures.palette import ink, look
 from vwt.tuning.plan import pareto_front
 
 Row = dict[str, Any]
@@ -22,7 +24,6 @@ Row = dict[str, Any]
 LEVEL = 0.95
 RESAMPLES = 2000
 HELD = 1 << 22  # numbers that one step of the bootstrap holds
-MARKERS = "osD^vP*X<"  # as many as differ from the ten colours in number
 
 # -- statistics --------------------------------------------------------------------------------------------------------
 
@@ -147,58 +148,74 @@ class Panel:
     """One plot of a figure.
 
     Attributes:
+        title: what is to be seen.
         x: column.
         y: column.
-        ends: columns with the ends of y's error bars; None where a row has none.
+        ends: columns with the ends of y's error bars; none where a row has none.
         labels: of the two axes.
-        front: the rows that no other beats in x and y are joined, and alone are named.
+        front: the rows that no other beats in x and y are joined.
         limit: column of a dashed line over x.
+        log: whether y is logarithmic.
     """
 
+    title: str
     x: str
     y: str
     ends: tuple[str, str]
     labels: tuple[str, str]
     front: bool = False
     limit: str | None = None
+    log: bool = True
 
 
-def plot(path: Path, rows: Sequence[Row], panels: Sequence[Panel], title: str) -> None:
-    """Draw panels side by side, a colour and a marker for each group of rows.
+def plot(path: Path, rows: Sequence[Row], panels: Sequence[Panel], caption: str) -> None:
+    """Draw panels side by side; each group of rows has a colour, a marker and its name beside one of its points.
 
     Args:
         path: .png, .svg or .pdf.
         rows: with name and group; those without the columns of a panel are left out of it.
         panels: what to draw.
-        title: of the figure.
+        caption: below all, in small type.
     """
-    figure, (row_of_axes,) = subplots(1, len(panels), size=(8, 6.5))
-    groups = list(dict.fromkeys(row["group"] for row in rows))
+    figure, (row_of_axes,) = subplots(1, len(panels), size=(SLIDE / max(2, len(panels)), 6.2))
+    figure.supxlabel(caption, fontsize=9, color="0.35")
     for axes, panel in zip(row_of_axes, panels, strict=True):
         known = [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
-        for index, group in enumerate(groups):
-            own = [row for row in known if row["group"] == group]
-            if not own:
-                continue
-            x, y = ([row[name] for row in own] for name in (panel.x, panel.y))
-            low, high = ([row[panel.y] if row[end] is None else row[end] for row in own] for end in panel.ends)
-            error = np.maximum(0, [np.subtract(y, low), np.subtract(high, y)])
-            marker = MARKERS[index % len(MARKERS)]
-            axes.errorbar(x, y, error, fmt=marker, color=f"C{index % 10}", label=group, elinewidth=0.8, alpha=0.9)
-        if panel.limit:
-            points = sorted((row[panel.x], row[panel.limit]) for row in known if row.get(panel.limit) is not None)
-            axes.plot(*np.array(points).reshape(-1, 2).T, color="0.6", linestyle="--", label="ideal")
-        named = known
-        if panel.front:
-            named = pareto(known, panel.x, panel.y)
-            axes.plot([row[panel.x] for row in named], [row[panel.y] for row in named], color="0.3", label="front")
-        for row in named:
-            place = {"xytext": (-5, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
-            at = (row[panel.x], row[panel.y])
-            axes.annotate(row["name"], at, rotation=30, rotation_mode="anchor", fontsize=6, **place)
-        axes.margins(x=0.25, y=0.12)  # room for the names
-        axes.set(xlabel=panel.labels[0], ylabel=panel.labels[1], yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
-    figure.suptitle(title, fontsize=8)
-    figure.savefig(path, dpi=120)
+        draw_panel(axes, panel, known)
+    figure.draw_without_rendering()  # places of all axes
+    for axes, panel in zip(row_of_axes, panels, strict=True):
+        known = [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
+        place_labels(axes, group_labels(known, panel))
+    save_figure(figure, path, dpi=120)
+
+
+def draw_panel(axes: Any, panel: Panel, rows: Sequence[Row]) -> None:
+    """All of a panel but the names of its groups."""
+    if panel.front:
+        named = pareto(rows, panel.x, panel.y)
+        axes.plot([row[panel.x] for row in named], [row[panel.y] for row in named], color="0.75", linewidth=3, zorder=0)
+    if panel.limit:
+        points = sorted((row[panel.x], row[panel.limit]) for row in rows if row.get(panel.limit) is not None)
+        axes.plot(*np.array(points).reshape(-1, 2).T, color="0.6", linestyle="--", zorder=0)
+    for row in rows:
+        low, high = (row[panel.y] if row.get(end) is None else row[end] for end in panel.ends)
+        own = look(row["group"])
+        axes.vlines(row[panel.x], low, high, color=own.colour, linewidth=1)
+        axes.plot(row[panel.x], row[panel.y], own.marker, color=own.colour, markersize=8)
+    axes.margins(0.08)
+    axes.set(yscale="log" if panel.log else "linear")
+    axes.set_xlabel(panel.labels[0], fontsize=12)
+    axes.set_ylabel(panel.labels[1], fontsize=12)
+    axes.set_title(panel.title, fontsize=13, loc="left")
+    axes.tick_params(labelsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def group_labels(rows: Sequence[Row], panel: Panel) -> list[Label]:
+    """A label for each group of rows."""
+    groups = dict.fromkeys(row["group"] for row in rows)
+    return [
+        Label(group, ink(group), [(row[panel.x], row[panel.y]) for row in rows if row["group"] == group])
+        for group in groups
+    ]

@@ -32,7 +32,6 @@ from harness import positive
 from PIL import Image
 from results import Row, print_table, results_paths, save_results
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vwt import Absorb, Codebook, InterImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer, build_codebook
 from vwt.datasets import ImageSource
@@ -41,6 +40,7 @@ from vwt.measure.environment import hardware
 from vwt.models.backbone import Backbone
 from vwt.models.create import create_model
 from vwt.models.spec import prepare
+from vwt.progress import progress_bar
 
 IMAGES, WORDS = 32, 100
 SIZES = (224, 160, 288)  # pixels
@@ -202,7 +202,8 @@ def soak(
     for thread in threads:
         thread.start()
     try:
-        for minutes in tqdm(minutes_until(end, failures), unit="sample", disable=arguments.quiet):
+        samples, show = minutes_until(end, failures), not arguments.quiet
+        for minutes in progress_bar(samples, desc="calling", unit="sample", show=show):
             usage = resource.getrusage(resource.RUSAGE_SELF)
             counts.memory.append((minutes, resident()))
             counts.faults.append((usage.ru_minflt, usage.ru_majflt))

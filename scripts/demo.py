@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import vwt
 from vwt.datasets import ImageSource
@@ -31,6 +30,7 @@ from vwt.pictures.palette import MODEL as MODEL_ITSELF
 from vwt.pictures.palette import PLAN
 from vwt.pictures.report.front import Row
 from vwt.pictures.report.report import write_report
+from vwt.progress import progress_bar
 from vwt.reductions.reduction import patches_entering
 from vwt.tuning.calibration import Calibration, compare
 from vwt.tuning.plan import Plan, Point, front_of
@@ -254,7 +254,7 @@ def measure(model: nn.Module, entries: Sequence[Entry], images: Tensor) -> list[
     batches = images.split(BATCH)
     full = torch.cat([model(batch) for batch in batches])
     rows = [Row("the model itself", MODEL_ITSELF, milliseconds[0], 1.0, 0.0, 1.0, mean_tokens(model, images))]
-    for entry, own in zip(tqdm(entries, desc="agreement", unit="method", leave=False), milliseconds[1:], strict=True):
+    for entry, own in zip(progress_bar(entries, desc="comparing", unit="method"), milliseconds[1:], strict=True):
         fidelity = compare(full, torch.cat([entry.module(batch) for batch in batches]))
         tokens = mean_tokens(entry.module, images)
         rows.append(

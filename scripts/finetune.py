@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import vwt
 from vwt.cli import Parser
@@ -27,6 +26,7 @@ from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, VWTError
 from vwt.models.create import create_model
 from vwt.models.spec import prepare
+from vwt.progress import progress_bar
 
 Pairs = tuple[Tensor, Tensor]  # images (n, C, H, W) uint8, labels (n,) int64
 
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 def read(arguments: argparse.Namespace, model: nn.Module) -> tuple[Pairs, int]:
     """All images of the folder with their labels, and how many classes there are."""
     source = ImageSource(arguments.images, model, class_map=arguments.class_map)
-    batches = list(tqdm(source.batches(64), desc="images", unit="batch", disable=arguments.quiet))
+    batches = list(progress_bar(source.batches(64), desc="reading", unit="batch", show=not arguments.quiet))
     labels = torch.tensor([label for batch in batches for label in batch.labels])
     return (torch.cat([batch.images for batch in batches]), labels), len(source.classes)
 
@@ -99,7 +99,8 @@ def finetune(model: vwt.VWTokenizer, pairs: Pairs, arguments: argparse.Namespace
     generator = torch.Generator().manual_seed(arguments.seed)
     model.train()
     seconds = []
-    for images, labels in tqdm(list(epochs(pairs, generator, arguments)), unit="step", disable=arguments.quiet):
+    steps = list(epochs(pairs, generator, arguments))
+    for images, labels in progress_bar(steps, desc="training", unit="step", show=not arguments.quiet):
         pixels = prepare(images, model.model)
         begun = time.perf_counter()
         F.cross_entropy(model(pixels), labels, label_smoothing=0.1).backward()

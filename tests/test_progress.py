@@ -56,7 +56,7 @@ def test_without_a_terminal_there_are_lines(capsys, monkeypatch):
         bar.update()
         bar.update()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" [")[0] for line in lines][-2:] == ["  reading: 2 of 3 image", "  reading: 3 of 3 image"]
+    assert [line.split(" (")[0] for line in lines][-2:] == ["  reading: 2 of 3 images", "  reading: 3 of 3 images"]
     assert not any("\r" in line for line in lines)
 
 

@@ -62,7 +62,7 @@ def progress_bar(
     options = {"desc": f"  {desc}", "unit": unit, "total": total, "initial": initial, "leave": False}
     if sys.stderr.isatty():
         return tqdm(iterable, disable=not show, dynamic_ncols=True, **options)
-    form = "{desc}: {n_fmt} of {total_fmt} {unit} [{elapsed}, {remaining} left]"
+    form = "{desc}: {n_fmt} of {total_fmt} {unit}s ({elapsed}, {remaining} left)"
     return _Lines(iterable, disable=not show, mininterval=EVERY, delay=EVERY, bar_format=form, **options)
 
 

@@ -1,11 +1,30 @@
 """Charts of profiles and utilities. Needs matplotlib: `pip install vwt[plots]`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from vwt.pictures.figures import save_figure, subplots
+from vwt.pictures.figures import SLIDE, save_figure, subplots
+from vwt.pictures.labels import Label, place_labels
+from vwt.pictures.palette import FRONT, MODEL, PLAN, ink, look
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import down_to, utility
+
+
+class Curve(NamedTuple):
+    """What is drawn over tokens.
+
+    Attributes:
+        name: beside it.
+        values: of each token count.
+        method: whose colour it has.
+        line: of matplotlib.
+    """
+
+    name: str
+    values: Sequence[float]
+    method: str
+    line: str = "-"
 
 
 def plot_profile(path: str | os.PathLike[str], profile: LatencyProfile) -> None:
@@ -15,26 +34,29 @@ def plot_profile(path: str | os.PathLike[str], profile: LatencyProfile) -> None:
         ArgumentError: if matplotlib is not installed.
         DocumentError: if the file cannot be written.
     """
-    figure, axes = subplots(1, 2, size=(5.5, 4.2))
+    figure, axes = subplots(1, 2, size=(SLIDE / 2, 5.5))
     left, right = axes[0]
-    left.plot(profile.counts, profile.block, marker=".", label="one block")
-    left.plot(profile.counts, profile.attention, marker=".", label="of that, up to its attention")
-    left.plot(profile.counts, profile.counting, linestyle=":", label="one block after a merge")
-    for count in profile.knees():
-        left.axvline(count, color="0.7", linestyle="--", linewidth=1)
-        left.annotate(f"{count}", (count, 0), fontsize=8, color="0.4", ha="center")
-    left.set(xlabel="tokens (dashed: knees)", ylabel="milliseconds a batch", ylim=(0, None))
-    left.legend(fontsize=8)
     measured, predicted = ([check[name] for check in profile.checks] for name in ("measured", "predicted"))
-    right.plot([0, max(measured, default=1)], [0, max(measured, default=1)], color="0.7", linewidth=1)
-    right.plot(measured, predicted, "o")
-    right.set(xlabel="measured forward, ms", ylabel="predicted, ms", title=f"median error {100 * profile.error:.1f} %")
+    right.plot([0, max(measured, default=1)], [0, max(measured, default=1)], color=look(MODEL).colour, linewidth=1)
+    right.plot(measured, predicted, "o", color=look(FRONT).colour)
+    error = f"Predictions of whole forwards err by {100 * profile.error:.1f} % (median)"
+    _entitle(right, error, "measured, ms a batch", "predicted, ms a batch")
+    for count in profile.knees():
+        left.axvline(count, color="0.8", linestyle="--", linewidth=1, zorder=0)
+    _entitle(left, "What tokens cost; dashed: where the cost of a token changes", "tokens an image", "ms a batch")
     machine = profile.machine
-    figure.suptitle(
+    figure.supxlabel(
         f"{profile.model}, batch {profile.batch_size}, {profile.dtype}\n{machine['cpu']}, {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}",
-        fontsize=8,
+        fontsize=9,
+        color="0.35",
     )
+    curves = [
+        Curve("a block", profile.block, FRONT),
+        Curve("of it, up to its attention", profile.attention, MODEL),
+        Curve("a block after a merge", profile.counting, FRONT, ":"),
+    ]
+    _draw_curves(left, profile.counts, curves)
     save_figure(figure, path, dpi=120)
 
 
@@ -50,13 +72,35 @@ def plot_utility(
     curve = utility(profile, accuracy, alpha, block)
     counts = list(curve)
     latency = [profile.predict(down_to(profile, block, n)) / profile.predict() for n in counts]
-    figure, axes = subplots(1, 1, size=(6.5, 4.2))
+    figure, axes = subplots(1, 1, size=(8, 5.5))
     axes = axes[0][0]
-    axes.plot(counts, latency, label="latency, of the full model's")
-    axes.plot(counts, [accuracy[n] for n in counts], marker=".", label="accuracy under random removal")
-    axes.plot(counts, [curve[n] for n in counts], marker="o", label=f"utility, alpha {alpha:g}")
     best = max(curve, key=lambda n: (curve[n], n))
-    axes.axvline(best, color="0.7", linestyle="--", linewidth=1)
-    axes.set(xlabel=f"tokens left after block {block}", ylim=(0, None), title=f"{profile.model}: {best} tokens")
-    axes.legend(fontsize=8)
+    axes.axvline(best, color=look(MODEL).colour, linestyle="--", linewidth=1, zorder=0)
+    _entitle(axes, f"The utility is highest at {best} tokens", f"tokens left after block {block}", "share, or utility")
+    figure.supxlabel(profile.model, fontsize=9, color="0.35")
+    curves = [
+        Curve("latency, ratio to the full model", latency, MODEL),
+        Curve("accuracy under random removal", [accuracy[n] for n in counts], FRONT),
+        Curve(f"utility, alpha {alpha:g}", [curve[n] for n in counts], PLAN),
+    ]
+    _draw_curves(axes, counts, curves)
     save_figure(figure, path, dpi=120)
+
+
+def _entitle(axes: Any, title: str, x: str, y: str) -> None:
+    """Titles of a chart and its axes, as large as a slide needs."""
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_xlabel(x, fontsize=11)
+    axes.set_ylabel(y, fontsize=11)
+    axes.tick_params(labelsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curves(axes: Any, counts: Sequence[int], curves: Sequence[Curve]) -> None:
+    """Curves over token counts, each with its name; what else is in the figure must be drawn before."""
+    for curve in curves:
+        own = look(curve.method)
+        axes.plot(counts, curve.values, curve.line, marker=own.marker, markersize=4, color=own.colour)
+    axes.set_ylim(0, 1.15 * max(max(curve.values) for curve in curves))
+    points = [list(zip(counts, curve.values, strict=True))[::-1] for curve in curves]
+    place_labels(axes, [Label(c.name, ink(c.method), own) for c, own in zip(curves, points, strict=True)])

@@ -35,6 +35,10 @@ LOOKS = {
     "random drop": Look("#999999", "X", "cross"),
     "VWT paper": Look("#e69f00", "<", "triangle-left"),
     "padded": Look("#b8860b", ">", "triangle-right"),
+    "ATC": Look("#882255", "h", "wedge"),
+    "DiffRate": Look("#117733", "d", "diamond"),
+    "PPT": Look("#332288", "p", "square"),
+    "PiToMe": Look("#44aa99", "*", "triangle-up"),
     "quantised": Look("#000000", "P", "stroke"),
 }
 OTHER = Look("#4d4d4d", "p", "wedge")
@@ -43,3 +47,9 @@ OTHER = Look("#4d4d4d", "p", "wedge")
 def look(method: str) -> Look:
     """How a method is drawn."""
     return LOOKS.get(method, OTHER)
+
+
+def ink(method: str) -> str:
+    """The colour of a text about a method: darker than its points, to be read on white."""
+    red, green, blue = (int(look(method).colour[at : at + 2], 16) * 7 // 10 for at in (1, 3, 5))
+    return f"#{red:02x}{green:02x}{blue:02x}"
