@@ -30,7 +30,7 @@ from vwt.pictures.palette import MODEL as MODEL_ITSELF
 from vwt.pictures.palette import PLAN
 from vwt.pictures.report.front import Row
 from vwt.pictures.report.report import write_report
-from vwt.progress import progress_bar
+from vwt.progress import Steps, progress_bar, say
 from vwt.reductions.reduction import patches_entering
 from vwt.tuning.calibration import Calibration, compare
 from vwt.tuning.plan import Plan, Point, front_of
@@ -60,27 +60,28 @@ def main() -> int:
     print(f"\n{MODEL}, {len(tried_on)} images of 224 x 224 pixels\n")
     if trained:
         show_answers(model, tried_on)
-    print("Searching the plans that change the answers least on this machine ...")
+    step = Steps(4)
+    step(f"searching the plans that change the answers least, on {len(tuned_on)} other images")
     points = search_plans(model, prepare(tuned_on, model))
-    print("Finding amounts of the other methods that take as long ...")
+    for budget, point in points.items():
+        step.found(f"for {budget:g} of the latency: {point.name}")
+    step("finding amounts of the other methods that take as long")
     others = find_others(model, prepare(tried_on[:TIMED], model))
     ours = [Entry(f"vwt: {point.name}", PLAN, budget, make(model, point)) for budget, point in points.items()]
     entries = [*ours, *others]
-    print(f"Comparing all on {len(tried_on)} images ...")
+    step(f"comparing all on {len(tried_on)} images")
     rows = measure(model, entries, prepare(tried_on, model))
+    step("writing a report on the first plan")
+    path = OUT / "report.html"
+    others_found = [row for row in rows[1:] if row.method != PLAN]
+    plan = make_plan(model, rows, points)
+    write_report(path, plan, model, folder, others=others_found, command="make demo", progress=False)
     print_table(entries, rows, trained)
     if not trained:
         print("The weights are RANDOM: neither VWT_SHARED nor the hub is in reach, so there is no agreement to show.\n")
-    path = OUT / "report.html"
-    write_report(
-        path,
-        make_plan(model, rows, points),
-        model,
-        folder,
-        others=[row for row in rows[1:] if row.method != PLAN],
-        command="make demo",
-    )
-    print(f"What the plan does to each image, and where the time goes: open {path.resolve()} in a browser.")
+    print("What the plan does to each image, and where the time goes:")
+    print(path.resolve())
+    say("next: open it in a browser")
     return 0
 
 

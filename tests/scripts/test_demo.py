@@ -50,7 +50,8 @@ def test_without_photographs_and_weights(small, capsys):
     assert "The weights are RANDOM" in out
     for name in ("vwt: ", "ToMe, r = ", "POMT, R = ", "VWT intra-image", "random dropping"):
         assert len(re.findall(f"^{name}", out, re.MULTILINE)) == 2, name
-    assert out.splitlines()[-1].endswith(f"open {small / 'demo' / 'report.html'} in a browser.")
+    assert out.splitlines()[-1] == str(small / "demo" / "report.html")
+    assert err.splitlines()[-1] == "next: open it in a browser"
     assert "ToMe, r = " in (small / "demo" / "report.html").read_text(encoding="utf-8")
 
 

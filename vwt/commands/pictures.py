@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from vwt.commands.options import add_draw, add_model, finish, open_model
 from vwt.datasets import ImageSource, check_source, read_image
 from vwt.errors import ArgumentError
 from vwt.pictures.figures import check_picture
+from vwt.pictures.report.front import Row, read_peers
 from vwt.pictures.report.report import check_report, write_report
 from vwt.pictures.show import save_stages
 from vwt.progress import say
@@ -28,6 +30,7 @@ def add_report(report: argparse.ArgumentParser) -> None:
     add_model(report)
     report.add_argument("--plan", required=True, help="of vwt tune")
     report.add_argument("--images", required=True, help="a folder of images to show, or hfds/…, torch/…")
+    report.add_argument("--peers", metavar="FILE", help="of benchmarks/fidelity.py, to be drawn beside the plan")
     report.add_argument("--force", action="store_true", help="apply a plan of another model or device too")
     report.add_argument("--seed", type=int, default=0, help="of the draw of images")
     report.add_argument("--out", required=True, help="where to write the report: NAME.html")
@@ -38,17 +41,27 @@ def _report(arguments: argparse.Namespace) -> int:
     check_report(arguments.out)
     check_source(arguments.images)
     plan = Plan.load(arguments.plan)
-    save_report(arguments.out, plan, open_model(arguments), arguments, force=arguments.force)
+    others = [] if arguments.peers is None else read_peers(arguments.peers, plan)
+    save_report(arguments.out, plan, open_model(arguments), arguments, others=others, force=arguments.force)
     return finish(arguments, arguments.out, f"open {arguments.out} in a browser")
 
 
-def save_report(path: str, plan: Plan, model: nn.Module, arguments: argparse.Namespace, *, force: bool = False) -> None:
-    """Write a report, and say which images were left out."""
+def save_report(
+    path: str,
+    plan: Plan,
+    model: nn.Module,
+    arguments: argparse.Namespace,
+    *,
+    others: Sequence[Row] = (),
+    force: bool = False,
+) -> None:
+    """Write a report, with other methods beside the plan, and say which images were left out."""
     skipped = write_report(
         path,
         plan,
         model,
         arguments.images,
+        others=others,
         command=arguments.command_line,
         force=force,
         seed=arguments.seed,

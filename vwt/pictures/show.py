@@ -21,14 +21,8 @@ from vwt.pictures.tiles import colours, frequent, word_tiles
 from vwt.tokenizer import VWTokenizer
 
 ACROSS = 5  # panels in a row at most
-
-
 GAP = 2  # pixels between patches
-
-
 TINT, DIM = 0.42, 0.22  # of a merged patch, by the colour of its keeper; what is left of a dropped one
-
-
 INSET = 0.06  # of an outline, in patches, so that those of neighbours lie beside each other
 
 
@@ -53,7 +47,7 @@ def save_stages(
         fast: with a strategy, a schedule or both.
         codebook: whose words are shown.
         images: (n, C, H, W) uint8, in which the nearest patches are sought; by default the image alone.
-        heading: above all.
+        heading: above all, before what becomes of the tokens.
 
     Raises:
         ArgumentError: if matplotlib is not installed.
@@ -61,6 +55,7 @@ def save_stages(
         DocumentError: if the file cannot be written.
     """
     left, plain = stages(fast, image), colours(image)
+    everything = fast.backbone.prefix + len(left[0].keeper)
     panels: list[Stage | Answers | None] = [None, *(left if fast.strategy is not None else left[1:])]
     if fast.family.has_classes:
         panels.append(answer(fast, Photographs(image[None], [""], [], False)))
@@ -78,13 +73,13 @@ def save_stages(
             continue
         axes.imshow((plain if panel is None else tint(plain, panel)).permute(1, 2, 0).clamp(0, 1).numpy())
         axes.axis("off")
-        everything = fast.backbone.prefix + len(left[0].keeper)
         axes.set_title(f"the image: {everything} tokens" if panel is None else panel.title, fontsize=11)
         if panel is not None:
             _outline(axes, panel, plain.shape[1:])
     if codebook is not None and tiles is not None:
         _draw_words(figure.add_subplot(layout[rows, :]), codebook, tiles)
-    figure.suptitle(heading, fontsize=12)
+    became = f"{everything} tokens become {left[-1].tokens}"
+    figure.suptitle(f"{heading}: {became}" if heading else became, fontsize=12)
     save_figure(figure, path, dpi=160)
 
 

@@ -1,13 +1,17 @@
 """The points of a report's front: the model itself, the plan, other plans, and what they are compared with."""
 
+import json
+import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vwt.errors import CodebookError
+from vwt.documents import is_number
+from vwt.errors import CodebookError, DocumentError, MismatchError
 from vwt.models.spec import prepare
 from vwt.pictures.palette import FRONT, MODEL, PLAN
 from vwt.reductions.reduction import patches_entering
@@ -84,3 +88,33 @@ def tokens_of(point: Point, fast: VWTokenizer, pixels: Tensor) -> float:
     counts = [n for batch in seen.split(BATCH) for n in reduced.tokenize(prepare(batch, fast.model)).counts.tolist()]
     entering = [patches_entering(point.schedule, backbone.depth, count)[:-1] for count in counts]
     return backbone.prefix + float(np.mean(entering))
+
+
+def read_peers(path: str | os.PathLike[str], plan: Plan) -> list[Row]:
+    """The points of other methods, as `benchmarks/fidelity.py --results-file` wrote them.
+
+    Their latency is a ratio to the model's in their own run; its milliseconds are that of the model's in the plan.
+
+    Raises:
+        DocumentError: if the file cannot be read, or has no such points.
+        MismatchError: if they are of another model, or the plan is not for one image at a time, as they are.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        model, table = str(content["arguments"]["model"]), list(content["tables"]["fidelity"])
+        rows = [row for row in table if all(is_number(row.get(name)) for name in ("ratio", "kl", "agreement"))]
+    except OSError as error:
+        raise DocumentError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DocumentError(f"{path} has no table of fidelity; give what benchmarks/fidelity.py wrote") from error
+    if model.split(".")[0] != plan.model.split(".")[0] or plan.batch_size != 1:
+        raise MismatchError(
+            f"{path} is of {model}, an image at a time; the plan is of {plan.model}, {plan.batch_size} at a time"
+        )
+    whole = plan.chosen.milliseconds / plan.chosen.ratio
+    return [
+        Row(str(row["name"]), str(row["group"]), row["ratio"] * whole, row["ratio"], row["kl"], row["agreement"],
+            row.get("tokens"))
+        for row in rows
+        if row["kl"] > 0
+    ]  # fmt: skip
