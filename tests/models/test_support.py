@@ -1,9 +1,12 @@
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import timm
+import torch
 
+from vwt import Absorb, Codebook, InterImage, IntraImage, VWTokenizer
 from vwt.cli import main
 from vwt.errors import ModelError
 from vwt.models.families import FAMILIES
@@ -47,14 +50,55 @@ def test_the_families(capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert out == list_families() + "\n"
-    assert all(f".{family.MODEL.__name__} " in out for family in FAMILIES)
+    assert all(f"| timm {family.MODEL.__name__} " in out for family in FAMILIES)
+
+
+def test_the_table_of_the_docs():
+    pytest.importorskip("transformers")
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert f"\n\n{list_families()}\n\n" in page.read_text()
+
+
+SMALL = {"num_classes": 10, "img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
+MADE = {
+    "VisionTransformer": "vit_tiny_patch16_224",
+    "Eva": "vit_small_patch16_rope_mixed_224",
+    "Beit": "beit_base_patch16_224",
+    "VisionTransformerRelPos": "vit_relpos_base_patch16_cls_224",
+    "NaFlexVit": "naflexvit_base_patch16_gap",
+}
+
+
+def accepted(call):
+    try:
+        call()
+    except ModelError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.MODEL.__name__)
+def test_what_can_be_done(family):
+    model, can = timm.create_model(MADE[family.MODEL.__name__], **SMALL).eval(), family.ABILITIES
+    images = torch.ones(2, 3, 64, 64)  # all patches are one word
+    fast, keeping = VWTokenizer(model, InterImage(one_word(), 1.0)), VWTokenizer(model, IntraImage(0.5))
+    assert accepted(lambda: fast(images)) == (can.strategies == "all")
+    assert accepted(lambda: VWTokenizer(model, schedule={0: Absorb(2)})) == can.schedules
+    assert (keeping.forward_features(images).shape == model.forward_features(images).shape) == can.features
+    keeping(images).sum().backward()
+    assert (model.blocks[0].attn.proj.weight.grad is not None) == can.training
+
+
+def one_word():
+    count = torch.ones(1, dtype=torch.int64)
+    return Codebook(torch.ones(1, 3 * 16 * 16), count, count, "pixel", (16, 16), (0.5,) * 3, (0.5,) * 3)
 
 
 def test_classes_of_transformers(capsys):
     pytest.importorskip("transformers")
     assert main(["models", "BlipForConditionalGeneration", "Dinov2Model", "PaliGemmaForConditionalGeneration"]) == 0
     expected = [
-        "BlipForConditionalGeneration: supported, BLIP; images of one size",
+        "BlipForConditionalGeneration: supported, BLIP; images of one size; tuned by its vision_model",
         "Dinov2Model: supported, DINOv2",
         "PaliGemmaForConditionalGeneration: supported, PaliGemma; images of one size; tuned on prompts",
     ]
@@ -68,9 +112,8 @@ def test_classes_of_transformers(capsys):
     )
     assert main(["models"]) == 0
     out = capsys.readouterr().out
-    assert "\ntransformers.ViTModel " in out
-    assert "BlipForConditionalGeneration" in out
-    assert "\ntransformers.LlavaForConditionalGeneration " in out
+    for kind in ("ViTModel", "BlipForConditionalGeneration", "LlavaForConditionalGeneration"):
+        assert f"\n| transformers {kind} " in out
     for name in ("pipeline", "ViTmodel", "ViTConfig"):
         with pytest.raises(
             ModelError, match=f"no model '{name}'.* nor has transformers a class of models of that name"
@@ -86,7 +129,9 @@ def test_without_transformers(capsys, monkeypatch):
     assert "no model 'ViTModel'" in error
     assert "to ask for a class of transformers, pip install 'vwt[hf]'" in error
     assert main(["models"]) == 0
-    assert re.search(r"\ntransformers +some of its models too: pip install 'vwt\[hf\]'\n", capsys.readouterr().out)
+    assert re.search(
+        r"\n\| transformers +\| some of its models too: pip install 'vwt\[hf\]' +\|", capsys.readouterr().out
+    )
 
 
 def test_an_unknown_name(capsys):

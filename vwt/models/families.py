@@ -13,7 +13,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from vwt.errors import ModelError
-from vwt.models.family import Embedded, Family, check_multiple, embed, lost_places
+from vwt.models.family import Abilities, Embedded, Family, check_multiple, embed, lost_places
 from vwt.tokens.attention import BlockInputs, fuses
 from vwt.tokens.patches import patchify
 
@@ -122,6 +122,8 @@ class NaFlexFamily(EvaFamily):
 class BiasedFamily(Family):
     """What families have in common whose attention adds a bias for the relative position of each two patches."""
 
+    # A bias is one of two places of the grid, and a token of several patches has several.
+    ABILITIES = Abilities(strategies="that keep patches", schedules=False)
     SHARED: str  # the argument of a block that takes the bias that all blocks share
 
     def __init__(self, model: nn.Module) -> None:

@@ -81,6 +81,27 @@ class Embedded:
     rotary: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What can be done with the models of a family; `vwt models` shows it.
+
+    Attributes:
+        strategies: which can choose their tokens.
+        schedules: whether their blocks can make tokens fewer.
+        features: whether encoded tokens come back on the full grid.
+        export: whether they can be written for another runtime.
+        training: whether they can be trained on fewer tokens.
+        tune: whether `vwt.tune` takes them, or what it takes of them.
+    """
+
+    strategies: str = "all"
+    schedules: bool = True
+    features: bool = True
+    export: bool = True
+    training: bool = True
+    tune: bool | str = True
+
+
 class Family:
     """timm's VisionTransformer, and what other families have in common with it.
 
@@ -93,6 +114,7 @@ class Family:
 
     MODEL: type[nn.Module] = VisionTransformer
     ABOUT = "DeiT, DeiT-3, CLIP, SigLIP, DINO, DINOv2, I-JEPA, ..."
+    ABILITIES = Abilities()
     parent: "Parent | None" = None  # the vision-language model that was wrapped, if this is its vision tower
 
     def __init__(self, model: nn.Module) -> None:

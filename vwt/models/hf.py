@@ -1,6 +1,7 @@
 """Hugging Face transformers' models; imported only where a model is one of theirs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -8,6 +9,7 @@ from torch import nn
 
 from vwt.errors import ModelError
 from vwt.models.blip import BlipTower
+from vwt.models.family import Abilities
 from vwt.models.image_text import IMAGE_TEXT_MODELS, VISION, ImageTextModel
 from vwt.models.tower import Tower
 from vwt.models.towers import (
@@ -84,10 +86,17 @@ def _vision_tower_read_by_layers(model: Any) -> Tower:
     return tower
 
 
-def describe() -> list[tuple[list[type[nn.Module]], str]]:
-    """The classes of models that can be wrapped, by family, and what there is to say of each family."""
-    towers = [(classes_of(tower), tower.ABOUT) for tower in TOWERS]
-    return [*towers, *(([kind], f"{about}; tuned on prompts") for kind, about in VISION_LANGUAGE_MODELS.items())]
+def describe() -> dict[type[nn.Module], tuple[str, Abilities]]:
+    """The classes of models that can be wrapped, what there is to say of each, and what can be done with it."""
+    towers = {kind: (tower.ABOUT, _abilities(tower, kind)) for tower in TOWERS for kind in classes_of(tower)}
+    prompts = Abilities(export=False, tune="on prompts")
+    return towers | {kind: (about, prompts) for kind, about in VISION_LANGUAGE_MODELS.items()}
+
+
+def _abilities(tower: type[Tower], kind: type[nn.Module]) -> Abilities:
+    """Models of images and text are tuned and exported by their vision towers."""
+    own = tower.ABILITIES
+    return replace(own, export=False, tune=f"by its {VISION}") if kind in IMAGE_TEXT_MODELS else own
 
 
 def unsupported(kind: type) -> str:
@@ -95,7 +104,7 @@ def unsupported(kind: type) -> str:
     instead = INSTEAD.get(kind.__module__.split(".")[-2])
     if instead is not None:
         return f"{kind.__module__}.{kind.__name__} is not supported: {instead}"
-    names = ", ".join(one.__name__ for kinds, _ in describe() for one in kinds)
+    names = ", ".join(one.__name__ for one in describe())
     return (
         f"{kind.__module__}.{kind.__name__} is not supported; of transformers, vwt takes {names}; of a model that "
         "holds one of these, wrap that part; or see whether timm has the same weights in one of its families "

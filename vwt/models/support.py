@@ -1,6 +1,6 @@
 """Which models can be wrapped, and why others cannot."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -12,6 +12,7 @@ from vwt.errors import ModelError, first_line
 from vwt.models.backbone import Backbone
 from vwt.models.create import quiet
 from vwt.models.families import FAMILIES
+from vwt.models.family import Abilities
 
 INSTALL = "pip install 'vwt[hf]'"
 
@@ -79,9 +80,10 @@ def _find_class_support(name: str) -> Support:
         kind = hf.find_class(name)
     if kind is None:
         raise ModelError(f"{unknown}; nor has transformers a class of models of that name")
-    for kinds, about in hf.describe():
-        if kind in kinds:
-            return Support(name, None, about)
+    known = hf.describe().get(kind)
+    if known is not None:
+        about, abilities = known
+        return Support(name, None, about + ("" if abilities.tune is True else f"; tuned {abilities.tune}"))
     return Support(name, hf.unsupported(kind))
 
 
@@ -95,14 +97,19 @@ def _transformers() -> ModuleType | None:
 
 
 def list_families() -> str:
-    """The families of models that can be wrapped, as a table of text."""
-    rows = [(f"{family.MODEL.__module__}.{family.MODEL.__name__}", family.ABOUT) for family in FAMILIES]
+    """The classes of models that can be wrapped, and what can be done with each, as a table in Markdown."""
+    rows = [_row("timm", family.MODEL, family.ABOUT, family.ABILITIES) for family in FAMILIES]
     hf = _transformers()
     if hf is None:
-        rows.append(("transformers", f"some of its models too: {INSTALL}"))
+        rows.append(["transformers", f"some of its models too: {INSTALL}", *[""] * len(fields(Abilities))])
     else:
-        for (first, *others), about in hf.describe():
-            also = f"; also {', '.join(kind.__name__ for kind in others)}" if others else ""
-            rows.append((f"transformers.{first.__name__}", about + also))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {about}" for name, about in rows)
+        rows += [_row("transformers", kind, *known) for kind, known in hf.describe().items()]
+    head = ["class", "for example", *(field.name for field in fields(Abilities))]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def _row(library: str, kind: type, about: str, abilities: Abilities) -> list[str]:
+    values = [getattr(abilities, field.name) for field in fields(abilities)]
+    return [f"{library} {kind.__name__}", about, *({True: "yes", False: "no"}.get(value, value) for value in values)]
