@@ -100,7 +100,7 @@ def test_a_merge_adds_log_sizes_in_later_blocks_only(patches):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("patches", [(14, 14), (14, 11)], ids=["dense", "ragged"])
-def test_absorbing_adds_log_sizes_but_for_a_token_itself(patches):
+def test_absorbing_adds_log_key_sizes_but_for_a_token_itself(patches):
     """In later blocks only, whatever merged before; and pruning after it leaves it so."""
     packed, backbone = make_packed(patches, 1, True), Backbone(make_model())
     schedule = PruningSchedule({0: Merge(3), 1: Absorb(5)})
@@ -111,7 +111,8 @@ def test_absorbing_adds_log_sizes_but_for_a_token_itself(patches):
     times = len(runs)
     assert len(masks) == 3 * times
     for later, mask in enumerate(masks[times:]):
-        bias = 0.8 * runs[later % times].log()[:, None, None, :].expand(-1, 1, runs[later % times].shape[1], -1)
+        total = runs[later % times]
+        bias = (0.75 * total + 0.25).log()[:, None, None].expand(-1, 1, total.shape[1], -1)
         torch.testing.assert_close(mask.expand(bias.shape), bias * (1 - torch.eye(bias.shape[-1])))
     assert not encoded.bias_on_self
     pruned, _ = backbone.encode_packed(packed, PruningSchedule({**schedule, 2: Prune(1)}))

@@ -10,7 +10,7 @@ from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import Attend
 from vwt.tokens.tensors import numbers, select, without_autocast
 
-SIZE_EXPONENT = 0.8  # proportional attention of less than full strength changes the answer less
+COUNTED = 0.75  # about the correlation of a patch with the kept one that it joins: 0.73 to 0.80 in blocks 2 to 9
 
 
 def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> Assignment:
@@ -45,7 +45,8 @@ class Absorb(Reduction):
     Score: attention received (the first term of `importance`) times the square root of the distance to the most similar
     patch that receives more: of several that are similar, one is enough. The kept patch counts twice in the mean, so
     that it stays near a token that the model knows; else the mean is weighted by the patches that each stands for.
-    Attention counts a token of s patches as s ** 0.8 (proportional attention), and once when it attends to itself.
+    Attention counts the kept patch once and each that joined it 0.75 times (proportional attention), because they are
+    alike but not the same; and the whole token once when it attends to itself.
 
     From the third block on this was measured to change the answer less than half as much as the same number of `Prune`
     or `Merge`, and more than half of the patches can go.
@@ -67,8 +68,8 @@ class Absorb(Reduction):
 
     @staticmethod
     def key_size(assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor:
-        """See `Reduction`: a token of s patches as s ** 0.8."""
-        return total**SIZE_EXPONENT
+        """See `Reduction`: a token of s patches as 1 + 0.75 (s - 1)."""
+        return COUNTED * total + (1 - COUNTED)
 
     def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
         """Attention received (B, m) and tokens to what is kept, and into what the others merge."""
