@@ -186,7 +186,7 @@ def make_plan(model: nn.Module, rows: Sequence[Row], points: dict[float, Point])
     ]
     front = front_of([Point(None, vwt.PruningSchedule({}), rows[0].milliseconds, 1.0, 0.0, 1.0), *found])
     machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
-    return Plan(own["model"], 1, own["dtype"], machine, {"ratio": BUDGETS[0]}, found[0], front)
+    return Plan(own["model"], 1, own["precision"], machine, {"ratio": BUDGETS[0]}, found[0], front)
 
 
 # -- others ------------------------------------------------------------------------------------------------------------

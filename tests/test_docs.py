@@ -140,7 +140,7 @@ def stand_ins(monkeypatch):
         own = vwt.LatencyProfile.identify(model)
         point = Point({"name": "Neighbours", "drop": 0.15}, SCHEDULE, 10.0, 0.8, 0.01, 0.95)
         machine = {"cpu": own["cpu"], "device": own["device"]}
-        return Plan(own["model"], 1, own["dtype"], machine, {"ratio": 0.8}, point, [point])
+        return Plan(own["model"], 1, own["precision"], machine, {"ratio": 0.8}, point, [point])
 
     def measure(model, batch_size=1, device=None, **options):
         inspect.signature(measure_itself).bind(model, batch_size, device, **options)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,13 @@ def save_document(path: str | os.PathLike[str], kind: str, version: int, fields:
         raise DocumentError(f"cannot write the {kind} {path}: {error.strerror}; choose another file") from error
 
 
-def load_document(path: str | os.PathLike[str], kind: str, version: int, fields: Collection[str]) -> dict[str, Any]:
+def load_document(
+    path: str | os.PathLike[str],
+    kind: str,
+    version: int,
+    fields: Collection[str],
+    renew: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """Read what `save_document` wrote.
 
     Args:
@@ -69,6 +75,7 @@ def load_document(path: str | os.PathLike[str], kind: str, version: int, fields:
         kind: "schedule", "profile", "plan".
         version: the only one that is known.
         fields: that it must have, and no others.
+        renew: fields of an older file to those of today.
 
     Raises:
         DocumentError: if the file is missing, cut short, of another kind or version, or has other fields.
@@ -86,7 +93,7 @@ def load_document(path: str | os.PathLike[str], kind: str, version: int, fields:
         raise DocumentError(
             f"{path} is of version {brief(content.get('version'))}, this vwt reads version {version}; write it again"
         )
-    found = {name: value for name, value in content.items() if name not in ("format", "version")}
+    found = renew({name: value for name, value in content.items() if name not in ("format", "version")})
     unknown, missing = sorted(set(found) - set(fields)), sorted(set(fields) - set(found))
     if unknown or missing:
         names = [name if name.isidentifier() and len(name) < 80 else brief(name) for name in unknown[:8]]

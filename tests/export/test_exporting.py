@@ -59,7 +59,7 @@ def make_plan(small_vit, /, batch_size=1, **changes):
     own = LatencyProfile.identify(small_vit)
     point = Point({"name": "Neighbours", "drop": 0.2}, MIXED, 7.5, 0.75, 0.0125, 0.9375)
     machine = {name: own[name] for name in ("cpu", "device", "threads")}
-    known = {"model": own["model"], "batch_size": batch_size, "dtype": own["dtype"], "machine": machine}
+    known = {"model": own["model"], "batch_size": batch_size, "precision": own["precision"], "machine": machine}
     return Plan(**{**known, "goal": {"ratio": 0.75}, "chosen": point, "front": [point], **changes})
 
 
@@ -244,7 +244,7 @@ def test_a_plan_for_another_model_is_refused(small_vit, images, tmp_path):
     need(".onnx")
     with pytest.raises(MismatchError, match="the plan was tuned for model 'vit_other', here "):
         make_plan(small_vit, model="vit_other").export(small_vit, tmp_path / "fast.onnx", images)
-    with pytest.raises(MismatchError, match="dtype 'bfloat16', here 'float32'"):
-        make_plan(small_vit, dtype="bfloat16").export(small_vit, tmp_path / "fast.onnx", images)
+    with pytest.raises(MismatchError, match="precision 'bfloat16', here 'float32'"):
+        make_plan(small_vit, precision="bfloat16").export(small_vit, tmp_path / "fast.onnx", images)
     with pytest.raises(ExportError, match="choose another folder"):
         make_plan(small_vit, model="vit_other").export(small_vit, tmp_path / "no" / "fast.onnx", images)

@@ -20,7 +20,7 @@ SINGLE = Point(None, PruningSchedule({1: Prune(4)}), 9.0, 0.9, 0.003, 0.98)
 def make_plan(**changes):
     """A plan for the model that `make_model` makes, as if tuned here."""
     profile = make_profile()
-    known = {"model": profile.model, "batch_size": 1, "dtype": "float32", "machine": profile.machine}
+    known = {"model": profile.model, "batch_size": 1, "precision": "float32", "machine": profile.machine}
     known |= {"goal": {"ratio": 0.75}, "chosen": POINT, "front": [WHOLE, SINGLE, POINT]}
     return Plan(**{**known, **changes})
 
@@ -71,12 +71,12 @@ def test_a_plan_with_a_codebook(tmp_path):
     ("changes", "message"),
     [
         ({"model": "other"}, "model 'other', here 'vit_tiny_patch16_224"),
-        ({"dtype": "bfloat16"}, "dtype 'bfloat16', here 'float32'"),
+        ({"precision": "bfloat16"}, "precision 'bfloat16', here 'float32'"),
         ({"machine": {"cpu": "Abacus", "device": "cpu"}}, "cpu 'Abacus', here "),
         ({"machine": {**make_profile().machine, "device": "Some GPU"}}, "device 'Some GPU', here 'cpu'"),
-        ({"model": "other", "dtype": "float16"}, "model 'other', .*; dtype 'float16'"),
+        ({"model": "other", "precision": "float16"}, "model 'other', .*; precision 'float16'"),
     ],
-    ids=["model", "dtype", "cpu", "device", "both"],
+    ids=["model", "precision", "cpu", "device", "both"],
 )
 def test_another_model_or_device_is_refused_unless_forced(changes, message):
     plan = make_plan(**changes)

@@ -181,8 +181,8 @@ def test_it_serves_the_model_that_was_measured():
         (lambda: make_model(depth=5), 1, "depth 4, here it is 5"),
         (lambda: make_model(reg_tokens=2), 1, "prefix 1, here it is 3"),
         (lambda: make_model(img_size=96), 1, "patches 16, here it is 36"),
-        (lambda: make_model().double(), 1, "dtype 'float32', here it is 'float64'"),
-        (lambda: make_model().to(torch.bfloat16), None, "dtype 'float32', here it is 'bfloat16'"),
+        (lambda: make_model().double(), 1, "precision 'float32', here it is 'float64'"),
+        (lambda: make_model().to(torch.bfloat16), None, "precision 'float32', here it is 'bfloat16'"),
         (lambda: make_model(global_pool="avg"), 1, "reads_prefix_only True, here it is False"),
         (make_model, 2, "batch_size 1, here it is 2"),
     ],
@@ -301,12 +301,12 @@ def measured():
 
 
 def test_what_is_measured(measured, tmp_path):
-    assert {name: getattr(measured, name) for name in ("depth", "prefix", "patches", "batch_size", "dtype")} == {
+    assert {name: getattr(measured, name) for name in ("depth", "prefix", "patches", "batch_size", "precision")} == {
         "depth": 4,
         "prefix": 3,
         "patches": 16,
         "batch_size": 2,
-        "dtype": "float32",
+        "precision": "float32",
     }
     assert measured.reads_prefix_only
     assert measured.model.startswith("vit_tiny_patch16_224")

@@ -210,7 +210,8 @@ def test_a_schedule_for_a_budget(pool, monkeypatch):
     profile = make_profile(reductions=FREE, reads_prefix_only=pool == "token")
 
     def as_predicted(model, reduced, *options, **others):
-        ratios = [profile.predict(fast.schedule) / profile.predict() for fast in (VWTokenizer(model), *reduced)]
+        schedules = [getattr(run.model, "schedule", {}) for run in (model, *reduced)]
+        ratios = [profile.predict(schedule) / profile.predict() for schedule in schedules]
         return [Latency(0.0, ratio, (ratio, ratio)) for ratio in ratios]
 
     monkeypatch.setattr("vwt.tuning.schedule.measure_latency", as_predicted)

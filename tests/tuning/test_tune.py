@@ -113,7 +113,7 @@ def test_a_budget_of_the_model_itself():
 
 def test_what_is_measured_and_for_which_batch(small):
     plan = run(ratio=0.7, batch_size=4, seed=5)
-    assert small == [(4, {"image_size": (64, 64), "seed": 5, "progress": False})]
+    assert small == [(4, {"runtime": "torch", "image_size": (64, 64), "seed": 5, "progress": False})]
     assert plan.batch_size == 4
     check_plan(plan)
 

@@ -32,12 +32,12 @@ def add_export(exported: argparse.ArgumentParser) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     plan, show = Plan.load(arguments.plan), not arguments.quiet
     batch_size = plan.batch_size if arguments.batch_size is None else arguments.batch_size
-    check_target(arguments.to, batch_size)
+    runtime = check_target(arguments.to, batch_size).runtime
     if arguments.count < max(LEAST, batch_size):
         raise ArgumentError(f"--count is {arguments.count}; expected at least {max(LEAST, batch_size)}")
     check_source(arguments.images)
     model = open_model(arguments)
-    plan.apply(model, force=arguments.force)  # before images are read
+    plan.check(model, runtime, force=arguments.force)  # before images are read
     images = load_images(arguments.images, model, arguments.count, seed=arguments.seed, progress=show)
     print(plan.export(model, arguments.to, images, batch_size=batch_size, force=arguments.force, progress=show))
     return finish(arguments, arguments.to, f"run it with {CALLS[Path(arguments.to).suffix].format(arguments.to)}")

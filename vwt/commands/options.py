@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vwt.errors import ArgumentError, ModelError, first_line
+from vwt.export.runtimes import RUNTIMES, check_runtime
 from vwt.models.create import create_model
 from vwt.models.support import find_support
 from vwt.progress import say
@@ -56,7 +57,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_named_model(parser)
     parser.add_argument("--device", default="cpu", help="where the model runs")
     parser.add_argument("--threads", type=int, help="of the CPU; by default as many as torch takes")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    precisions = ("float32", "bfloat16", "float16")
+    parser.add_argument("--precision", choices=precisions, default="float32", help="of the weights")
     parser.add_argument("--quiet", action="store_true", help="results only: no progress, no advice")
 
 
@@ -64,6 +66,12 @@ def add_draw(parser: argparse.ArgumentParser, count: int) -> None:
     """Options of the commands that draw images, by default so many."""
     parser.add_argument("--count", type=int, default=count, help="images to draw")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+
+
+def add_runtime(parser: argparse.ArgumentParser, default: str | None = "torch") -> None:
+    """The option of the commands that measure in a runtime."""
+    known = "by default that of the profile" if default is None else "in which latency is measured"
+    parser.add_argument("--runtime", choices=RUNTIMES, default=default, help=known)
 
 
 def _set_threads(arguments: argparse.Namespace) -> None:
@@ -76,12 +84,14 @@ def _set_threads(arguments: argparse.Namespace) -> None:
 def open_model(arguments: argparse.Namespace) -> nn.Module:
     """The model that is asked for, where and as it will be used."""
     _set_threads(arguments)
+    if getattr(arguments, "runtime", None):
+        check_runtime(arguments.runtime, arguments.precision, torch.device(arguments.device))
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"no device {arguments.device!r}: {first_line(error)}") from error
     model = create_named_model(arguments)
-    return model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
+    return model.to(device=arguments.device, dtype=getattr(torch, arguments.precision))
 
 
 def finish(arguments: argparse.Namespace, path: str, advice: str) -> int:

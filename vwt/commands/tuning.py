@@ -2,11 +2,11 @@
 
 import argparse
 
-from vwt.commands.options import add_draw, add_model, finish, open_model
+from vwt.commands.options import add_draw, add_model, add_runtime, finish, open_model
 from vwt.commands.pictures import save_report
 from vwt.datasets import check_source
 from vwt.documents import check_writable
-from vwt.errors import ArgumentError
+from vwt.errors import ArgumentError, MismatchError
 from vwt.pictures.charts import plot_profile, plot_utility
 from vwt.pictures.figures import check_picture
 from vwt.pictures.report.report import check_report
@@ -23,6 +23,7 @@ AS_IT_IS = "use the model as it is, or ask for less of its latency"
 def add_profile(profile: argparse.ArgumentParser) -> None:
     """The options of `vwt profile`."""
     add_model(profile)
+    add_runtime(profile)
     profile.add_argument("--batch-size", type=int, default=1, help="images at a time")
     profile.add_argument("--points", type=int, default=POINTS, help="token counts to measure")
     profile.add_argument("--runs", type=int, default=RUNS, help="runs of each part, of which the median is taken")
@@ -40,6 +41,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     profile = LatencyProfile.measure(
         model,
         arguments.batch_size,
+        runtime=arguments.runtime,
         points=arguments.points,
         runs=arguments.runs,
         seed=arguments.seed,
@@ -57,8 +59,8 @@ def profile_summary(profile: LatencyProfile) -> str:
     """The profile as a table of text."""
     machine = profile.machine
     lines = [
-        f"{profile.model}, batch {profile.batch_size}, {profile.dtype}, {machine['cpu']}, {machine['device']}, "
-        f"{machine['threads']} threads",
+        f"{profile.model}, batch {profile.batch_size}, {profile.precision}, {profile.runtime}, {machine['cpu']}, "
+        f"{machine['device']}, {machine['threads']} threads",
         "tokens  one block, ms  of it attention, ms",
     ]
     rows = zip(profile.counts, profile.block, profile.attention, strict=True)
@@ -73,6 +75,7 @@ def profile_summary(profile: LatencyProfile) -> str:
 def add_schedule(schedule: argparse.ArgumentParser) -> None:
     """The options of `vwt schedule`."""
     add_model(schedule)
+    add_runtime(schedule, None)
     schedule.add_argument("--profile", required=True, help="of vwt profile, on this device")
     schedule.add_argument("--images", required=True, help="a folder of images to calibrate on, or hfds/…, torch/…")
     goal = schedule.add_mutually_exclusive_group(required=True)
@@ -96,6 +99,11 @@ def _schedule(arguments: argparse.Namespace) -> int:
         raise ArgumentError(f"alpha is {arguments.alpha}; expected a weight in [0, 1]")
     check_source(arguments.images)
     profile, show = LatencyProfile.load(arguments.profile), not arguments.quiet
+    if arguments.runtime not in (None, profile.runtime):
+        raise MismatchError(
+            f"{arguments.profile} was measured in {profile.runtime}, not in {arguments.runtime}; measure again, or "
+            "leave out --runtime"
+        )
     model = open_model(arguments)
     if arguments.utility:  # else for_budget does
         profile.check(model)
@@ -120,6 +128,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
 def add_tune(tuned: argparse.ArgumentParser) -> None:
     """The options of `vwt tune`."""
     add_model(tuned)
+    add_runtime(tuned)
     tuned.add_argument("--images", required=True, help="a folder of images to calibrate on, or hfds/…, torch/…")
     tuned.add_argument("--ratio", type=float, help="budget, of the model's latency")
     tuned.add_argument("--milliseconds", type=float, help="budget a batch")
@@ -136,6 +145,8 @@ def add_tune(tuned: argparse.ArgumentParser) -> None:
 def _tune(arguments: argparse.Namespace) -> int:
     check_writable(arguments.out, "plan")
     check_report(arguments.report)
+    if arguments.report and arguments.runtime != "torch":
+        raise ArgumentError(f"a report measures a plan in torch, not in {arguments.runtime}; leave out --report")
     check_goal(arguments.ratio, arguments.milliseconds, arguments.agreement)
     check_source(arguments.images)
     model, show = open_model(arguments), not arguments.quiet
@@ -146,6 +157,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         milliseconds=arguments.milliseconds,
         agreement=arguments.agreement,
         batch_size=arguments.batch_size,
+        runtime=arguments.runtime,
         codebooks=arguments.codebook,
         seed=arguments.seed,
         notes=f"{arguments.out}.tuning",

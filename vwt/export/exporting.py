@@ -26,7 +26,6 @@ from vwt.tokenizer import VWTokenizer
 LEAST = 64  # images on which a file is checked
 BATCH = 16  # of them at a time
 KEY = "vwt"  # of the metadata
-OLDEST = (2, 10)  # of torch, that traces reduced models
 # Of the answers: their largest difference in an image, over their standard deviation, in the median of images; and the
 # share of images whose first class may differ. Where two patches are nearly as important, runtimes may keep either.
 TOLERANCE = {"float32": (0.01, 0.02), "bfloat16": (0.5, 0.1)}
@@ -73,11 +72,6 @@ class Parity:
         )
 
 
-def can_trace() -> bool:
-    """Whether the installed torch traces reduced models."""
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST
-
-
 def check_target(path: str | os.PathLike[str], batch_size: int = 1) -> Format:
     """The format that a path names; raises, before long work, unless a model can be exported there.
 
@@ -91,10 +85,6 @@ def check_target(path: str | os.PathLike[str], batch_size: int = 1) -> Format:
     if batch_size < 1:
         raise ArgumentError(f"batch size is {batch_size}; expected at least 1")
     check_runtime(FORMATS[path.suffix].runtime)
-    if not can_trace():
-        raise ExportError(
-            f"a reduced model is exported by torch 2.10 or newer, and this is torch {torch.__version__}; update torch"
-        )
     if path.is_dir():
         raise ExportError(f"cannot write {path}: it is a folder; choose another file")
     try:

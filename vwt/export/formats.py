@@ -19,12 +19,14 @@ Run: TypeAlias = Callable[[Tensor], Tensor]
 
 _IN_ONE_FILE = 2**31 - 2**20  # bytes of weights in an ONNX file, as protobuf holds no more
 
-# For torch.export. Two images: one would be taken for a number that is always one.
-_ANY_NUMBER = ({0: torch.export.Dim("batch", min=1)},)
+BATCH = {0: "batch"}  # the dimension of images that is free
 
 
-def _two(example: Tensor) -> Tensor:
-    return example[:1].expand(2, *example.shape[1:]).contiguous()
+def _free(example: Tensor, dimensions: Mapping[int, str]) -> tuple[Tensor, tuple[dict[int, Any]]]:
+    """An example for torch.export, and its free dimensions: of size two, as one is taken to be always one."""
+    for dimension in dimensions:
+        example = torch.cat([example.narrow(dimension, 0, 1)] * 2, dim=dimension)
+    return example, ({dimension: torch.export.Dim(name, min=1) for dimension, name in dimensions.items()},)
 
 
 def _refuse(error: BaseException, target: str) -> ExportError | ArgumentError:
@@ -40,7 +42,13 @@ def _refuse(error: BaseException, target: str) -> ExportError | ArgumentError:
 # -- ONNX --------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(answer: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def write_onnx(
+    answer: nn.Module,
+    example: Tensor,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    free: Mapping[int, str] = BATCH,
+) -> None:
     """Write a module as ONNX; weights of more than 2 GB go into a file beside it.
 
     Args:
@@ -48,16 +56,16 @@ def write_onnx(answer: nn.Module, example: Tensor, path: Path, metadata: Mapping
         example: images.
         path: NAME.onnx.
         metadata: what the file says of itself.
+        free: names of the dimensions of its input that may be of any size.
 
     Raises:
         ArgumentError, ExportError: if it cannot be exported; says why.
     """
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output"]}
+    example, shapes = _free(example, free)
     try:
         with torch.no_grad():
-            program = torch.onnx.export(
-                answer, (_two(example),), dynamo=True, dynamic_shapes=_ANY_NUMBER, verbose=False, **names
-            )
+            program = torch.onnx.export(answer, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     except Exception as error:  # of torch.export, or of the translation
         raise _refuse(error, "ONNX") from error
     assert program is not None  # which it is with dynamo
@@ -127,9 +135,10 @@ def open_openvino(path: Path, precision: str = "float32", shape: tuple[int, ...]
 
 def write_package(answer: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a module as AOTInductor package, which holds code for this kind of machine; see `write_onnx`."""
+    example, shapes = _free(example, BATCH)
     try:
         with torch.no_grad():
-            program = torch.export.export(answer, (_two(example),), dynamic_shapes=_ANY_NUMBER)
+            program = torch.export.export(answer, (example,), dynamic_shapes=shapes)
             options = {"aot_inductor.metadata": dict(metadata or {})}
             torch._inductor.aoti_compile_and_package(program, package_path=os.fspath(path), inductor_configs=options)
     except Exception as error:  # of torch.export, inductor, or the C++ compiler

@@ -6,6 +6,8 @@ import inspect
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vwt.errors import ArgumentError, ModelError
-from vwt.export.formats import Run, open_onnx, open_openvino, write_onnx
+from vwt.export.formats import BATCH, Run, open_onnx, open_openvino, write_onnx
 from vwt.models.spec import family_of
 from vwt.tokenizer import VWTokenizer
 
 RUNTIMES = ("torch", "compile", "onnxruntime", "openvino")
+EXPORTED = ("onnxruntime", "openvino")  # which read a file
 PRECISIONS = ("float32", "bfloat16")
+TORCH_PRECISIONS = (*PRECISIONS, "float16", "float64")
+OLDEST = (2, 10)  # torch that traces reduced models
 
 # What each needs beside torch; the extra `export` has it.
 _PACKAGES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
@@ -47,11 +52,19 @@ class Answer(nn.Module):
         return self.family.vectors(self.model(images.to(self.dtype))).float()
 
 
+def can_trace() -> bool:
+    """Whether the installed torch traces reduced models."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST
+
+
 def check_runtime(runtime: str, precision: str = "float32", device: torch.device | None = None) -> None:
     """Raise ArgumentError unless a runtime is here, and computes in a precision on a device (by default the CPU)."""
-    for what, value, known in (("runtime", runtime, RUNTIMES), ("precision", precision, PRECISIONS)):
+    precisions = TORCH_PRECISIONS if runtime in ("torch", "compile") else PRECISIONS
+    for what, value, known in (("runtime", runtime, RUNTIMES), ("precision", precision, precisions)):
         if value not in known:
             raise ArgumentError(f"{what} is {value!r}; expected one of {', '.join(known)}")
+    if runtime != "torch" and not can_trace():
+        raise ArgumentError(f"{runtime} needs torch 2.10 or newer, and this is torch {torch.__version__}; update torch")
     on_cpu = device is None or device.type == "cpu"
     if runtime == "compile" and on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
         raise ArgumentError("torch.compile needs a C++ compiler; install g++, or name another in the variable CXX")
@@ -92,7 +105,14 @@ def written_in(runtime: str, precision: str) -> str:
     return "float32" if runtime == "openvino" else precision
 
 
-def run_module(runtime: str, precision: str, answer: nn.Module, example: Tensor) -> Run:
+def runtime_version(runtime: str) -> dict[str, str]:
+    """The version of a runtime by its name; nothing for those that are torch's own."""
+    return {runtime: version(runtime)} if runtime in _PACKAGES else {}
+
+
+def run_module(
+    runtime: str, precision: str, answer: nn.Module, example: Tensor, free: Mapping[int, str] | None = None
+) -> Run:
     """As `run_in`, of any module from images (B, C, H, W) float32 to an answer (B, D) float32.
 
     Args:
@@ -100,6 +120,7 @@ def run_module(runtime: str, precision: str, answer: nn.Module, example: Tensor)
         precision: see `run_in`; the module itself is `written_in` it.
         answer: what runs, see `Answer`.
         example: see `run_in`.
+        free: names of its dimensions that may differ from the example's.
 
     Raises:
         ArgumentError, ExportError: if the runtime cannot hold it.
@@ -108,10 +129,11 @@ def run_module(runtime: str, precision: str, answer: nn.Module, example: Tensor)
         return answer
     if runtime == "compile":
         return compile_alone(answer)
+    shape = tuple(example.shape) if free is None else None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        write_onnx(answer, example, path)
-        return (open_onnx if runtime == "onnxruntime" else open_openvino)(path, precision, tuple(example.shape))
+        write_onnx(answer, example, path, free=BATCH if free is None else free)
+        return (open_onnx if runtime == "onnxruntime" else open_openvino)(path, precision, shape)
 
 
 def compile_alone(module: nn.Module) -> Run:

@@ -46,8 +46,8 @@ def plot_profile(path: str | os.PathLike[str], profile: LatencyProfile) -> None:
     _entitle(left, "What tokens cost; dashed: where the cost of a token changes", "tokens an image", "ms a batch")
     machine = profile.machine
     figure.supxlabel(
-        f"{profile.model}, batch {profile.batch_size}, {profile.dtype}\n{machine['cpu']}, {machine['device']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}",
+        f"{profile.model}, batch {profile.batch_size}, {profile.precision}, {profile.runtime}\n{machine['cpu']}, "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}",
         fontsize=9,
         color="0.35",
     )

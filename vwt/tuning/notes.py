@@ -29,6 +29,7 @@ class Notes(dict[str, float]):
         batch_size: int,
         seed: int,
         codebooks: Sequence[str | os.PathLike[str]] = (),
+        runtime: str = "torch",
     ) -> None:
         super().__init__()
         self.path = None if path is None else Path(path)
@@ -36,7 +37,8 @@ class Notes(dict[str, float]):
         digest.update(f"{_source_checksum()} {weights_checksum(model.state_dict())}".encode())
         for codebook in codebooks:  # which may have been built again at the same place
             digest.update(Codebook.load(codebook).words.numpy().tobytes())
-        digest.update(json.dumps([LatencyProfile.identify(model), batch_size, seed, len(images)], default=str).encode())
+        how = [LatencyProfile.identify(model), runtime, batch_size, seed, len(images)]
+        digest.update(json.dumps(how, default=str).encode())
         self.profile: LatencyProfile | None = None
         self.head: dict[str, Any] = {"of": digest.hexdigest(), "profile": None}
         if self.path is not None and self.path.exists():

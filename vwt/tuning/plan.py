@@ -27,6 +27,7 @@ from vwt.tuning.calibration import load_images
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.schedule import PruningSchedule, read_reduction
 from vwt.tuning.sharing import PATTERNS, make_card, pack_codebooks, unpack_codebook
+from vwt.tuning.where import check_where, name_runtime
 
 Item = TypeVar("Item")
 
@@ -37,6 +38,15 @@ SHARED = (".html", ".pdf", ".png", ".svg")  # what may go with a plan to the hub
 
 
 CHECKED = 128  # images on which an exported model is checked
+
+
+# What is done with a plan for a runtime.
+_USES = {
+    "torch": "call plan.apply(model)",
+    "compile": "call plan.apply(model), or export it to NAME.pt2",
+    "onnxruntime": "export it to NAME.onnx (plan.export, vwt export)",
+    "openvino": "export it to NAME.xml (plan.export, vwt export)",
+}
 
 
 @dataclass(frozen=True)
@@ -132,44 +142,61 @@ class Plan:
     Attributes:
         model: the model's name.
         batch_size: images at a time.
-        dtype: of the weights.
+        precision: of the weights.
         machine: where latency was measured, see `LatencyProfile`.
         goal: what was asked for.
         chosen: the point that reaches it; one without strategy and schedule where none is better than the model.
         front: the points that were found.
+        runtime: in which latency was measured, see `vwt.export.runtimes.run_in`.
     """
 
     model: str
     batch_size: int
-    dtype: str
+    precision: str
     machine: dict[str, Any]
     goal: dict[str, float]
     chosen: Point
     front: list[Point]
+    runtime: str = "torch"
 
     def apply(self, model: nn.Module, *, force: bool = False) -> VWTokenizer:
-        """The model as planned.
+        """The model as planned, compiled when it is first called if the plan is for torch.compile.
 
         Args:
             model: the one that was tuned.
-            force: also for another model, dtype or device, where the figures do not hold. Of another number of threads
-                it only warns.
+            force: also for another model, precision, device or runtime, where the figures do not hold. Of another
+                number of threads it only warns.
 
         Raises:
-            MismatchError: for another model, dtype, device or codebook.
+            MismatchError: for another model, precision, device or codebook, or a plan for onnxruntime or OpenVINO.
         """
-        own = LatencyProfile.identify(model)
-        here = {name: own[name] for name in ("model", "dtype", "cpu", "device")}
-        if (whole := PatchSpec.of(model).model) == self.model:  # a plan may be of the vision tower, or of what holds it
-            here["model"] = whole
-        there = {"model": self.model, "dtype": self.dtype, "cpu": self.machine["cpu"], "device": self.machine["device"]}
-        others = [f"{name} {there[name]!r}, here {here[name]!r}" for name in here if here[name] != there[name]]
-        if others and not force:
-            raise MismatchError(f"the plan was tuned for {'; '.join(others)}; tune again, or apply it with force")
-        if threads := other_threads(self.machine):
-            warnings.warn(f"the plan was tuned with {threads}; its latency holds for those", stacklevel=2)
+        compiled = self.runtime == "compile"
+        self.check(model, "compile" if compiled else "torch", force=force)
+        fast = self._wrap(model)
+        if compiled:
+            fast.compile()
+        return fast
+
+    def _wrap(self, model: nn.Module) -> VWTokenizer:
         chosen = self.chosen
         return VWTokenizer(model, make_strategy(chosen.strategy), chosen.schedule, after=chosen.after)
+
+    def check(self, model: nn.Module, runtime: str, *, force: bool = False) -> None:
+        """Raise MismatchError unless it was tuned for this model, where it is, in this runtime; see `apply`."""
+        own = LatencyProfile.identify(model)
+        here = {name: own[name] for name in ("model", "precision", "cpu", "device")} | {"runtime": runtime}
+        if (whole := PatchSpec.of(model).model) == self.model:  # a plan may be of the vision tower, or of what holds it
+            here["model"] = whole
+        there = {name: getattr(self, name) for name in ("model", "precision", "runtime")}
+        there |= {name: self.machine[name] for name in ("cpu", "device")}
+        others = [f"{name} {there[name]!r}, here {here[name]!r}" for name in here if here[name] != there[name]]
+        if others and not force:
+            advice = "tune again, or apply it with force"
+            if self.runtime != runtime:
+                advice = f"{_USES[self.runtime]}, or tune for this runtime, or apply it with force"
+            raise MismatchError(f"the plan was tuned for {'; '.join(others)}; {advice}")
+        if threads := other_threads(self.machine):
+            warnings.warn(f"the plan was tuned with {threads}; its latency holds for those", stacklevel=3)
 
     def report(
         self,
@@ -213,7 +240,7 @@ class Plan:
 
         Args:
             model: the one that was tuned.
-            path: NAME.onnx, NAME.xml or NAME.pt2.
+            path: NAME.onnx, NAME.xml or NAME.pt2, for the runtime that the plan was tuned for.
             images: (n, C, H, W) normalised for the model, n at least 64, or a folder of which 128 are drawn.
             batch_size: at which latency is measured; by default that of the plan.
             force: see `apply`.
@@ -225,8 +252,8 @@ class Plan:
             DataError: see `load_images`.
         """
         batch_size = self.batch_size if batch_size is None else batch_size
-        check_target(path, batch_size)
-        fast = self.apply(model, force=force)
+        self.check(model, check_target(path, batch_size).runtime, force=force)
+        fast = self._wrap(model)
         if not isinstance(images, Tensor):
             images = load_images(images, model, max(CHECKED, batch_size), progress=progress)
         made = {"goal": self.goal, "machine": self.machine, "chosen": self.chosen.to_json()}
@@ -266,12 +293,13 @@ class Plan:
         """
         if hub.has_prefix(os.fspath(path)):
             return cls.from_pretrained(path)
-        own = load_document(path, "plan", VERSION, [field.name for field in fields(cls)])
+        own = load_document(path, "plan", VERSION, [field.name for field in fields(cls)], name_runtime)
         if not is_machine(own["machine"]):
             raise DocumentError(f"{path} does not say where it was tuned; tune again")
-        for name, kind in (("model", str), ("dtype", str), ("batch_size", int)):
+        for name, kind in (("model", str), ("batch_size", int)):
             if type(own[name]) is not kind:
                 raise DocumentError(f"{path} has {name} {brief(own[name])}; tune again")
+        check_where(own["runtime"], own["precision"], str(path), "tune again")
         goal = own["goal"]
         if not isinstance(goal, dict) or not all(map(is_number, goal.values())) or not isinstance(own["front"], list):
             raise DocumentError(f"{path} has no goal or no front; tune again")
@@ -326,7 +354,7 @@ class Plan:
         if others := [str(path) for path in paths if not path.is_file() or path.suffix.lower() not in SHARED]:
             raise ArgumentError(f"no report or picture: {', '.join(others)}; expected files with {', '.join(SHARED)}")
         goal = {f"goal: {what}": value for what, value in self.goal.items()}
-        facts = {"batch": self.batch_size, "dtype": self.dtype, **goal}
+        facts = {"batch": self.batch_size, "precision": self.precision, "runtime": self.runtime, **goal}
         pictures = [path.name for path in paths if path.suffix.lower() in (".png", ".svg")]
         with tempfile.TemporaryDirectory(prefix="vwt-hub-") as scratch:
             folder = Path(scratch)

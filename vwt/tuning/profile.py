@@ -1,9 +1,8 @@
-"""LatencyProfile: the latency of each part of a model over token counts, on one device.
+"""LatencyProfile: the latency of each part of a model over token counts, on one device, in one runtime.
 
 Token counts include prefix tokens, here and wherever latency is predicted.
 """
 
-import copy
 import itertools
 import os
 import statistics
@@ -21,6 +20,7 @@ from torch import nn
 from vwt import hub
 from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief
+from vwt.export.runtimes import runtime_version
 from vwt.measure.environment import describe_machine, is_machine, other_threads
 from vwt.models.backbone import NOTHING, Backbone
 from vwt.models.spec import PatchSpec
@@ -29,6 +29,7 @@ from vwt.reductions.kinds import KINDS
 from vwt.reductions.merge import Merge
 from vwt.reductions.reduction import Reduction, patches_entering
 from vwt.tuning.parts import Parts
+from vwt.tuning.where import check_where, name_runtime, place, precision_of
 
 VERSION = 2  # 1 knew other reductions
 
@@ -42,7 +43,7 @@ RUNS = 15  # of each part
 MOST_TOKENS, MOST_BLOCKS = 1 << 20, 1 << 12  # that a file may claim: more is damage, and no model's
 
 
-CHECKS = 8  # of the forwards with schedules, on which predictions are checked, and from which nothing is fitted
+MOST_ERROR = 0.05  # of the predictions that are checked, in the median, without a warning
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class LatencyProfile:
         patches: of an image of the size that was measured.
         reads_prefix_only: whether the head does; then only prefix tokens go through the last MLP of a reduced model.
         batch_size: images.
-        dtype: of the weights, "float32".
+        precision: of the weights, "float32".
         machine: where it was measured: "device", "cpu", "threads", "torch", "timm".
         counts: tokens an image, ascending; the last one is all.
         block: one block (the mean of all, run one after another) on so many tokens.
@@ -67,6 +68,7 @@ class LatencyProfile:
         embed: patches and positions.
         head: the last norm, pooling and the head.
         checks: whole forwards that the profile was not made from: "schedule", "predicted" and "measured" ms.
+        runtime: in which all this was measured, see `vwt.export.runtimes.run_in`.
     """
 
     model: str
@@ -75,7 +77,7 @@ class LatencyProfile:
     patches: int
     reads_prefix_only: bool
     batch_size: int
-    dtype: str
+    precision: str
     machine: dict[str, Any]
     counts: list[int]
     block: list[float]
@@ -85,6 +87,7 @@ class LatencyProfile:
     embed: float
     head: float
     checks: list[dict[str, Any]]
+    runtime: str = "torch"
 
     @classmethod
     def measure(
@@ -93,6 +96,8 @@ class LatencyProfile:
         batch_size: int = 1,
         device: torch.device | str | None = None,
         *,
+        runtime: str = "torch",
+        precision: str | None = None,
         points: int = POINTS,
         runs: int = RUNS,
         image_size: tuple[int, int] | None = None,
@@ -105,23 +110,31 @@ class LatencyProfile:
             model: see `VWTokenizer`; it is not changed.
             batch_size: images at a time.
             device: where; by default where the model is.
+            runtime: "torch", "compile", "onnxruntime" or "openvino", in which everything is measured.
+            precision: "float32" or "bfloat16"; by default that of the model.
             points: token counts, from few to all.
             runs: of each part.
             image_size: (height, width) of the images, for a model that takes others than those that it was made for.
             seed: of the order, and of the schedules that predictions are checked on.
             progress: show a progress bar.
 
+        Warns if the predictions that it checks are off by more than 5 % in the median.
+
         Raises:
             ModelError: if the model is not supported.
             ImageError: for a size that the model does not take.
-            ArgumentError: if a number is too small, there is no such device, or the model is one of images and text, of
-                which its vision tower is measured.
+            ArgumentError: if a number is too small, there is no such device or runtime, or the model is one of images
+                and text, of which its vision tower is measured.
+            ExportError: if the runtime cannot hold the model.
         """
         for name, value, least in (("batch_size", batch_size, 1), ("points", points, 2), ("runs", runs, 1)):
             if value < least:
                 raise ArgumentError(f"{name} is {value}; expected at least {least}")
-        parts = Parts(_on_device(model, device), batch_size, points, image_size, seed)
-        return cls._of(parts, parts.measure(runs, progress))
+        model = place(model, device, runtime, precision)
+        parts = Parts(model, batch_size, points, image_size, seed, runtime)
+        profile = cls._of(parts, parts.measure(runs, progress))
+        profile._warn_if_off()
+        return profile
 
     @classmethod
     def _of(cls, parts: Parts, ms: Mapping[Any, float]) -> "LatencyProfile":
@@ -131,9 +144,10 @@ class LatencyProfile:
             [ms[name, count] / depth for count in counts] for name in ("block", "attention", "counting")
         )
         profile = cls(
-            **_identity(parts.backbone, parts.image_size),
+            **_identity(parts.backbone, parts.image_size) | {"precision": parts.precision},
+            runtime=parts.runtime,
             batch_size=parts.batch_size,
-            machine=describe_machine(parts.device),
+            machine=describe_machine(parts.device) | runtime_version(parts.runtime),
             counts=counts,
             block=block,
             attention=attention,
@@ -143,11 +157,12 @@ class LatencyProfile:
             head=ms["head"],
             checks=[],
         )
-        forwards = [ms["forward", index] for index in range(len(parts.schedules))]
-        profile.reductions.update(_fit(profile, parts.schedules[CHECKS:], forwards[CHECKS:]))
+        forwards = [ms["forward", index] for index in range(len(parts.checks + parts.fitted))]
+        if parts.fitted:
+            profile.reductions.update(_fit(profile, parts.fitted, forwards[len(parts.checks) :]))
         profile.checks.extend(
             {"schedule": str(schedule), "predicted": profile.predict(schedule), "measured": measured}
-            for schedule, measured in zip(parts.schedules[:CHECKS], forwards, strict=False)
+            for schedule, measured in zip(parts.checks, forwards, strict=False)
         )
         return profile
 
@@ -155,6 +170,14 @@ class LatencyProfile:
     def error(self) -> float:
         """Median relative error of the predictions that were checked."""
         return statistics.median(abs(c["predicted"] / c["measured"] - 1) for c in self.checks) if self.checks else 0.0
+
+    def _warn_if_off(self) -> None:
+        if self.error > MOST_ERROR:
+            warnings.warn(
+                f"the profile's predictions of {len(self.checks)} forwards are off by {100 * self.error:.0f} % in the "
+                "median, so that a schedule or plan made from it may miss its budget; measure again on an idle machine",
+                stacklevel=3,
+            )
 
     def predict(self, reductions: Mapping[int, Reduction] = NOTHING, patches: int | None = None) -> float:
         """Milliseconds of a whole forward.
@@ -203,7 +226,7 @@ class LatencyProfile:
         return [count for below, above, count in steps if above - below > 0.5 * max(abs(below), typical)]
 
     def check(self, model: nn.Module, batch_size: int | None = None, image_size: tuple[int, int] | None = None) -> None:
-        """Raise MismatchError unless it was measured on a model like this one; warn where it had other threads.
+        """Raise MismatchError unless it was measured on a model like this one; warn where it may not hold.
 
         Args:
             model: as it will be used.
@@ -221,6 +244,7 @@ class LatencyProfile:
                 )
         if others := other_threads(self.machine):
             warnings.warn(f"the profile was measured with {others}; measure again with these", stacklevel=2)
+        self._warn_if_off()
 
     @staticmethod
     def identify(model: nn.Module) -> dict[str, Any]:
@@ -230,7 +254,7 @@ class LatencyProfile:
     def elsewhere(self) -> list[str]:
         """What differs between here and where it was measured; threads and versions too."""
         on_gpu = self.machine["device"] != "cpu" and torch.cuda.is_available()
-        here = describe_machine(torch.device("cuda" if on_gpu else "cpu"))
+        here = describe_machine(torch.device("cuda" if on_gpu else "cpu")) | runtime_version(self.runtime)
         return [
             f"{name} {self.machine.get(name)!r}, here {value!r}"
             for name, value in here.items()
@@ -258,7 +282,7 @@ class LatencyProfile:
         """
         if hub.has_prefix(os.fspath(path)):
             path = hub.fetch(os.fspath(path), "plan", ["profile.json"]) / "profile.json"
-        own = load_document(path, "profile", VERSION, [field.name for field in fields(cls)])
+        own = load_document(path, "profile", VERSION, [field.name for field in fields(cls)], name_runtime)
         profile = cls.from_fields(own, str(path))
         if others := [what for what in profile.elsewhere() if not what.startswith("threads ")]:
             warnings.warn(f"the profile {path} was measured elsewhere: {'; '.join(others)}", stacklevel=2)
@@ -285,10 +309,11 @@ class LatencyProfile:
             whole = name not in most or (isinstance(value, int) and value <= most[name])
             if not is_number(value) or not whole or value < 0:
                 raise DocumentError(f"{origin} has {name} {brief(value)}; expected a number; measure again")
-        for name, kind in (("model", str), ("dtype", str), ("reads_prefix_only", bool)):
+        for name, kind in (("model", str), ("reads_prefix_only", bool)):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise DocumentError(f"{origin} has {name} {brief(value)}; expected a {kind.__name__}; measure again")
+        check_where(self.runtime, self.precision, origin, "measure again")
         checks = self.checks if isinstance(self.checks, list) else [None]
         if not all(
             isinstance(c, dict) and is_number(c.get("predicted")) and _is_positive(c.get("measured")) for c in checks
@@ -344,18 +369,9 @@ def _identity(backbone: Backbone, image_size: tuple[int, int] | None = None) -> 
         "prefix": backbone.prefix,
         "patches": rows * columns,
         "reads_prefix_only": backbone.reads_prefix_only,
-        "dtype": str(next(backbone.tower.parameters()).dtype).removeprefix("torch."),
+        "precision": precision_of(backbone.tower),
     }
 
 
 def _is_positive(value: Any) -> bool:
     return is_number(value) and value > 0
-
-
-def _on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:
-    if device is None or torch.device(device) == next(model.parameters()).device:
-        return model
-    try:
-        return copy.deepcopy(model).to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"no device {str(device)!r}: {error}") from error

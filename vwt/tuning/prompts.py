@@ -88,9 +88,9 @@ def tune_on_prompts(
     for (reduced, fidelity), own in zip(closest, timed[1:], strict=True):
         kl, agreement = fidelity.mean_kl, fidelity.agreement
         points.append(Point(None, reduced.schedule, own.milliseconds, own.ratio, kl, agreement, reduced.after))
-    name, dtype = PatchSpec.of(model).model, LatencyProfile.identify(model)["dtype"]
+    name, precision = PatchSpec.of(model).model, LatencyProfile.identify(model)["precision"]
     machine, size = describe_machine(target.device), len(batches[0]["input_ids"])
-    return Plan(name, size, dtype, machine, dict(goal), choose(points, goal), front_of(points))
+    return Plan(name, size, precision, machine, dict(goal), choose(points, goal), front_of(points))
 
 
 def prefill(model: Callable[..., Any], prompt: Prompt) -> Any:

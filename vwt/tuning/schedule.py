@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from vwt.datasets import ImageSource
 from vwt.documents import load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, brief
-from vwt.measure.timing import Latency, measure_latency
+from vwt.export.runtimes import check_runtime, run_in
+from vwt.measure.timing import TIMED, Latency, measure_latency
 from vwt.models.backbone import Backbone
 from vwt.progress import Steps
 from vwt.reductions.kinds import KINDS, check_amounts
@@ -125,7 +127,7 @@ class PruningSchedule(Mapping[int, Reduction]):
         the measurement errs so much that another search may choose otherwise.
 
         Args:
-            profile: of the model, on the device.
+            profile: of the model, on the device, in the runtime in which latency is measured.
             model: in eval mode.
             images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of
                 which 256 are drawn.
@@ -141,6 +143,7 @@ class PruningSchedule(Mapping[int, Reduction]):
             ArgumentError: for no budget, two, one that is none, or one below the least that is possible.
             MismatchError: if the profile is of another model.
             DataError: if there are too few images.
+            ExportError: if the runtime cannot hold what was found.
         """
         if (milliseconds is None) == (ratio is None):
             raise ArgumentError("for_budget needs a budget: either milliseconds=… or ratio=…")
@@ -151,6 +154,7 @@ class PruningSchedule(Mapping[int, Reduction]):
         height, width = shape[-2:]
         Backbone(model).check_size((height, width))
         profile.check(model, image_size=(height, width))
+        check_runtime(profile.runtime, profile.precision, next(model.parameters()).device)
         if limit >= profile.predict():
             return cls({})
         if not isinstance(images, Tensor):
@@ -166,10 +170,13 @@ class PruningSchedule(Mapping[int, Reduction]):
         share, begin = limit / profile.predict(), time.monotonic()
         least, most = (share * bound for bound in WITHIN_BUDGET)
         found: list[tuple[Latency, PruningSchedule]] = []
+        inputs = images[: TIMED * profile.batch_size].float()
+        opened = partial(run_in, profile.runtime, profile.precision, example=inputs[: profile.batch_size])
+        full = opened(model)
         for tries in (TRIES, RETRY_TRIES, RETRY_TRIES):
             schedule = cls(search.best(limit, tries).candidate.blocks)
             fast = VWTokenizer(model, schedule=schedule, check=False)  # as it was by the calibration
-            _, own = measure_latency(model, [fast], images, profile.batch_size, seed=seed, progress=progress)
+            _, own = measure_latency(full, [opened(fast)], inputs, profile.batch_size, seed=seed, progress=progress)
             found.append((own, schedule))
             step.found(f"it takes {own.ratio:.2f} of the model's time: {schedule}")
             keeps_budget = own.bounds[0] <= most and own.bounds[1] >= least

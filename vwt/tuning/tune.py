@@ -1,6 +1,7 @@
 """tune: a strategy and a schedule for a model on this device, within a budget, in one call."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from vwt.codebook.codebook import pin
 from vwt.errors import ArgumentError
-from vwt.measure.timing import Calls, interleave, measure_latency, on_batches
+from vwt.export.formats import Run
+from vwt.export.runtimes import EXPORTED, run_in
+from vwt.measure.timing import TIMED, Calls, interleave, measure_latency, on_batches
 from vwt.models.backbone import Backbone
 from vwt.progress import Steps
 from vwt.strategies.neighbours import Neighbours
@@ -24,7 +27,8 @@ from vwt.tuning.plan import Plan, Point, describe, describe_goal, front_of, make
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.prompts import tune_on_prompts
 from vwt.tuning.schedule import PruningSchedule
-from vwt.tuning.search import FINALISTS, SCREENING_IMAGES, TRIES, Option, Outcome, Search
+from vwt.tuning.search import FINALISTS, SCREENING_IMAGES, TRIES, Candidate, Option, Outcome, Search
+from vwt.tuning.where import place
 
 DROPS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45)  # of Neighbours
 
@@ -50,6 +54,8 @@ def tune(
     milliseconds: float | None = None,
     agreement: float | None = None,
     batch_size: int = 1,
+    runtime: str = "torch",
+    precision: str | None = None,
     codebooks: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     notes: str | os.PathLike[str] | None = None,
@@ -57,8 +63,9 @@ def tune(
 ) -> Plan:
     """Find the plan of lowest KL(full ‖ reduced) within a latency budget, or the fastest of a given agreement.
 
-    Profiles the model on this device, compares strategies and schedules on unlabelled images by predicted latency and
-    KL divergence, and measures the latency of the best. A model whose language model reads image tokens in its prompt
+    Profiles the model on this device in a runtime, compares strategies and schedules on unlabelled images by predicted
+    latency and KL divergence, and measures the latency of the best. KL and agreement are those of torch, whose
+    arithmetic other runtimes do. A model whose language model reads image tokens in its prompt
     (LLaVA, PaliGemma) is tuned on prompts instead, see `vwt.tuning.prompts.tune_on_prompts`.
 
     Args:
@@ -66,12 +73,16 @@ def tune(
         images: (n, C, H, W) normalised for the model, n at least 16, or a folder (or another data set of timm) of which
             256 are drawn.
         prompts: of a model that reads image tokens in its prompt, and in the place of images: what its processor makes
-            of each image and its text, on the model's device. Neither batch_size nor codebooks or notes go with them.
+            of each image and its text, on the model's device. Neither batch_size, runtime and precision nor codebooks
+            or notes go with them.
         ratio: budget as a share of the full model's latency, in (0, 1]; or
         milliseconds: budget for a batch.
         agreement: least share of the images, in (0, 1], whose top-1 class must be the full model's, or share of the
             prompts whose first next token must be; alone, or with a budget.
         batch_size: images at a time.
+        runtime: "torch", "compile", "onnxruntime" or "openvino", in which latency is measured; see
+            `vwt.export.runtimes.run_in`.
+        precision: "float32" or "bfloat16", of which the plan is; by default that of the model.
         codebooks: paths, URLs or `hf-hub:user/name`, to try inter-image words too.
         seed: of the draw and of the order of measurements.
         notes: a file that keeps what was measured, with which an interrupted call goes on; removed in the end.
@@ -80,6 +91,7 @@ def tune(
     Raises:
         ArgumentError: for no goal, one that is none, or goals that cannot be met together; says what can. For
             images where prompts are needed, and the other way round.
+        ExportError: if the runtime cannot hold a reduced model.
         ModelError, ImageError, DataError: see `LatencyProfile.measure`, `Calibration` and `load_images`.
     """
     goal = check_goal(ratio, milliseconds, agreement)
@@ -91,12 +103,17 @@ def tune(
     _check_kind(backbone, images, prompts)
     if prompts is not None:
         others = {"images": images is not None, "codebooks": len(codebooks) > 0, "notes": notes is not None}
-        if clash := [name for name, given in {**others, "batch_size": batch_size != 1}.items() if given]:
+        others |= {"batch_size": batch_size != 1, "runtime": runtime != "torch", "precision": precision is not None}
+        if clash := [name for name, given in others.items() if given]:
             raise ArgumentError(f"prompts are given with {' and '.join(clash)}, which are for images; leave them out")
         return tune_on_prompts(model, prompts, goal, seed=seed, progress=progress)
     assert images is not None
+    model = place(model, None, runtime, precision)
+    backbone = Backbone(model)
     if not isinstance(images, Tensor):
         images = load_images(images, model, ENOUGH, seed=seed, progress=progress)
+    if precision is not None and images.is_floating_point():
+        images = images.to(backbone.weight.dtype)
     check_enough(images)
     if len(images) < batch_size:
         raise ArgumentError(f"batch_size is {batch_size}, there are {len(images)} images; give more images")
@@ -104,25 +121,26 @@ def tune(
     image_size = (images.shape[2], images.shape[3])
     step = Steps(6, progress)
     step("measuring what tokens cost on this machine")
-    notes_ = Notes(notes, model, images, batch_size, seed, codebooks)
+    notes_ = Notes(notes, model, images, batch_size, seed, codebooks, runtime)
     profile = notes_.profile or LatencyProfile.measure(
-        model, batch_size, image_size=image_size, seed=seed, progress=progress
+        model, batch_size, runtime=runtime, image_size=image_size, seed=seed, progress=progress
     )
     notes_.keep_profile(profile)
     step.found(f"the model takes {profile.predict():.1f} ms a batch; predictions err by {100 * profile.error:.1f} %")
     step(f"asking the model itself for its answers to {len(images)} images")
     calibration = Calibration(model, images, keep=SCREENING_IMAGES, progress=progress)
-    made = _strategies(codebooks, backbone.grid(image_size))
+    made = _strategies(codebooks, backbone.grid(image_size), runtime)
     bound = {name: calibration.with_strategy(_known(make_strategy(how))) for name, how in made.items()}
     step(f"timing {len(made)} ways to reduce tokens before the blocks")
     costs = _costs(profile, images[:batch_size], bound, seed, progress)
     options = {"": Option(calibration)} | {name: Option(bound[name], costs[name]) for name in made}
     step("removing tokens in one block after the other, and comparing the answers")
     search = Search(profile, options, notes_, progress=progress)
-    bench = _Bench(model, made, images, batch_size, seed, progress)
+    bench = _Bench(profile, model, made, images, seed, progress)
     points = _search_front(search, goal, bench, step)
     front = front_of(points)
-    plan = Plan(profile.model, batch_size, profile.dtype, profile.machine, goal, choose(points, goal), front)
+    found = profile.precision, profile.machine, goal, choose(points, goal), front, runtime
+    plan = Plan(profile.model, batch_size, *found)
     notes_.remove()
     return plan
 
@@ -144,12 +162,20 @@ def _check_kind(backbone: Backbone, images: object, prompts: object) -> None:
         raise ArgumentError("tune needs images, on which it compares reduced models with the full one; give some")
 
 
-def _strategies(codebooks: Sequence[str | os.PathLike[str]], grid: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """What may be tried before the blocks on a grid of patches, as plans write it, by name."""
+def _strategies(
+    codebooks: Sequence[str | os.PathLike[str]], grid: tuple[int, int], runtime: str = "torch"
+) -> dict[str, dict[str, Any]]:
+    """What may be tried before the blocks on a grid of patches in a runtime, as plans write it, by name."""
     made: list[dict[str, Any]] = [
         {"name": "Neighbours", "drop": drop} for drop in DROPS if Neighbours(drop).can_drop(grid)
     ]
-    for path in codebooks:
+    if codebooks and runtime in EXPORTED:
+        warnings.warn(
+            f"inter-image words give every image its own number of tokens, which cannot be exported to {runtime}; they "
+            "are left out of the search",
+            stacklevel=3,
+        )
+    for path in () if runtime in EXPORTED else codebooks:
         full = pin(path)
         made += [{"name": "InterImage", "codebook": full, "threshold": threshold} for threshold in THRESHOLDS]
     return {describe(how): how for how in made}
@@ -159,9 +185,11 @@ def _costs(
     profile: LatencyProfile, images: Tensor, bound: Mapping[str, Calibration], seed: int, progress: bool
 ) -> dict[str, float]:
     """Milliseconds a batch that strategies take themselves: what a forward takes beyond its prediction."""
-    fasts = {name: calibration.fast for name, calibration in bound.items()}
-    full_model = next(iter(fasts.values())).model
-    calls: list[Calls] = [{"run": on_batches(module, [images])} for module in (full_model, *fasts.values())]
+    whole = {name: calibration.fast for name, calibration in bound.items()}
+    fasts = whole if profile.runtime == "torch" else _ends(whole)
+    full_model, inputs = next(iter(fasts.values())).model, images.float()
+    runs = [run_in(profile.runtime, profile.precision, module, inputs) for module in (full_model, *fasts.values())]
+    calls: list[Calls] = [{"run": on_batches(run, [inputs])} for run in runs]
     with torch.inference_mode():
         seconds = interleave(calls, 1, COST_RUNS, device=images.device, warmup=1, seed=seed, progress=progress)
         patches = [round(float(fast.tokenize(images).counts.float().mean())) for fast in fasts.values()]
@@ -172,7 +200,15 @@ def _costs(
     for fast, taken, count in zip(fasts.values(), others, patches, strict=True):
         extra.setdefault(_kind(fast), []).append(scale * taken - profile.predict({}, count))
     # One figure for all of a kind: each is a small difference of large ones.
-    return {name: max(0.0, float(np.median(extra[_kind(fast)]))) for name, fast in fasts.items()}
+    return {name: max(0.0, float(np.median(extra[_kind(fast)]))) for name, fast in whole.items()}
+
+
+def _ends(fasts: Mapping[str, VWTokenizer]) -> dict[str, VWTokenizer]:
+    """The first and the last of each kind, where each takes seconds to build."""
+    kinds: dict[str, list[str]] = {}
+    for name, fast in fasts.items():
+        kinds.setdefault(_kind(fast), []).append(name)
+    return {name: fasts[name] for names in kinds.values() for name in (names[0], names[-1])}
 
 
 def _kind(fast: VWTokenizer) -> str:
@@ -222,27 +258,35 @@ class _Bench:
 
     def __init__(
         self,
+        profile: LatencyProfile,
         model: nn.Module,
         made: Mapping[str, dict[str, Any]],
         images: Tensor,
-        batch_size: int,
         seed: int,
         progress: bool,
     ) -> None:
-        self.model, self.made, self.images, self.batch_size = model, made, images, batch_size
-        self.seed, self.progress = seed, progress
+        self.model, self.made, self.seed, self.progress = model, made, seed, progress
+        self.runtime, self.precision, self.batch_size = profile.runtime, profile.precision, profile.batch_size
+        self.images = images[: TIMED * self.batch_size].float()
+        self.runs: dict[Candidate | None, Run] = {}
+
+    def open(self, candidate: Candidate | None) -> Run:
+        """A candidate, or for None the model itself, as it is timed; built once."""
+        if candidate not in self.runs:
+            reduced = self.model
+            if candidate is not None:
+                strategy = make_strategy(self.made.get(candidate.option))
+                reduced = VWTokenizer(self.model, strategy, candidate.blocks, check=False)
+            example = self.images[: self.batch_size]
+            self.runs[candidate] = run_in(self.runtime, self.precision, reduced, example)
+        return self.runs[candidate]
 
     def measure(self, outcomes: Sequence[Outcome]) -> list[Point]:
         """The model itself, and each outcome."""
         strategies = [self.made.get(outcome.candidate.option) for outcome in outcomes]
         schedules = [PruningSchedule(outcome.candidate.blocks) for outcome in outcomes]
-        pairs = zip(strategies, schedules, strict=True)
-        reduced = [
-            VWTokenizer(self.model, make_strategy(strategy), schedule, check=False) for strategy, schedule in pairs
-        ]
-        timed = measure_latency(
-            self.model, reduced, self.images, self.batch_size, seed=self.seed, progress=self.progress
-        )
+        full, *reduced = [self.open(candidate) for candidate in (None, *(outcome.candidate for outcome in outcomes))]
+        timed = measure_latency(full, reduced, self.images, self.batch_size, seed=self.seed, progress=self.progress)
         points = [Point(None, PruningSchedule({}), timed[0].milliseconds, timed[0].ratio, 0.0, 1.0)]
         for outcome, strategy, schedule, own in zip(outcomes, strategies, schedules, timed[1:], strict=True):
             points.append(Point(strategy, schedule, own.milliseconds, own.ratio, outcome.kl, outcome.agreement))

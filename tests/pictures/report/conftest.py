@@ -33,7 +33,7 @@ def plan_for(model, folder, kind="neighbours", **changes):
     front = [ITSELF, Point(None, PruningSchedule({2: Absorb(60)}), 7.0, 0.7, 0.3, 0.7)]
     own = LatencyProfile.identify(model)
     machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
-    known = {"model": own["model"], "batch_size": 2, "dtype": own["dtype"], "machine": machine}
+    known = {"model": own["model"], "batch_size": 2, "precision": own["precision"], "machine": machine}
     return Plan(**known | {"goal": {"ratio": 0.8}, "chosen": chosen, "front": [*front, chosen]} | changes)
 
 

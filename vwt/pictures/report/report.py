@@ -73,7 +73,7 @@ def write_report(
             up to six on which the first class changed, and the first of the others.
         others: what the front is compared with, such as other methods, measured in the way of the plan.
         command: that makes this report.
-        force: also for another model, dtype or device.
+        force: also for another model, precision, device or runtime.
         seed: of the draw.
         progress: show progress bars.
 
@@ -107,7 +107,7 @@ def write_report(
         "cards": [card(fast, photographs, answers, index) for index in shown],
         "depth": fast.backbone.depth,
         "words": describe_words(fast, photographs.pixels) if hasattr(fast.strategy, "codebook") else None,
-        "machine": hardware(next(model.parameters()).device, plan.dtype),
+        "machine": hardware(next(model.parameters()).device, plan.precision),
         "version": version("vwt"),
         "command": command,
         "plan_json": json.dumps(make_document("plan", VERSION, plan.to_json()), indent=1),
