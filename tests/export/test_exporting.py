@@ -60,7 +60,8 @@ def make_plan(small_vit, /, batch_size=1, **changes):
     point = Point({"name": "Neighbours", "drop": 0.2}, MIXED, 7.5, 0.75, 0.0125, 0.9375)
     machine = {name: own[name] for name in ("cpu", "device", "threads")}
     known = {"model": own["model"], "batch_size": batch_size, "precision": own["precision"], "machine": machine}
-    return Plan(**{**known, "goal": {"ratio": 0.75}, "chosen": point, "front": [point], **changes})
+    known |= {"goal": {"ratio": 0.75}, "chosen": point, "front": [point], "runtime": "onnxruntime"}
+    return Plan(**{**known, **changes})
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ READERS = {".onnx": read_onnx, ".xml": read_openvino, ".pt2": read_package}
 @pytest.mark.parametrize("suffix", matrix(FORMATS, ".onnx"))
 def test_a_file_says_how_images_are_prepared_and_what_was_planned(suffix, small_vit, images, tmp_path):
     need(suffix)
-    plan = make_plan(small_vit, batch_size=2)
+    plan = make_plan(small_vit, batch_size=2, runtime=FORMATS[suffix].runtime)
     parity = plan.export(small_vit, tmp_path / f"fast{suffix}", images, progress=False)
     assert parity.batch_size == 2
     said = json.loads(READERS[suffix](tmp_path / f"fast{suffix}"))
@@ -238,6 +239,23 @@ def test_what_does_not_fit_is_said_before_the_work(fast, images, tmp_path, monke
         export(fast.to(torch.bfloat16), target, images.bfloat16())
     with pytest.raises(ArgumentError, match="train mode"):
         export(fast.train(), target, images)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "advice"),
+    [
+        ("torch", r"call plan\.apply\(model\)"),
+        ("compile", r"call plan\.apply\(model\), or export it to NAME\.pt2"),
+        ("openvino", r"export it to NAME\.xml \(plan\.export, vwt export\)"),
+    ],
+)
+def test_a_plan_for_another_runtime_is_refused(runtime, advice, small_vit, images, tmp_path):
+    need(".onnx")
+    plan, message = make_plan(small_vit, runtime=runtime), f"runtime '{runtime}', here 'onnxruntime'; {advice}, or tune"
+    with pytest.raises(MismatchError, match=message) as error:
+        plan.export(small_vit, tmp_path / "fast.onnx", images)
+    assert "\n" not in str(error.value)
+    plan.check(small_vit, "onnxruntime", force=True)
 
 
 def test_a_plan_for_another_model_is_refused(small_vit, images, tmp_path):

@@ -37,7 +37,7 @@ def test_files_run_without_vwt(small_vit, tmp_path, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 240, 3), np.uint8)).save("photo.jpg")
     writing, in_onnxruntime, in_openvino, _ = (code for code, _ in snippets(ROOT / "docs" / "export.md", "python"))
     exec(compile(writing, "export.md", "exec"), {"vwt": vwt, "model": small_vit})
-    fast = vwt.Plan.load("plan.json").apply(small_vit)
+    fast = vwt.Plan.load("plan.json").apply(small_vit, force=True)
     expected = fast(prepare(read_image("photo.jpg", small_vit)[None], small_vit))
     for program in (in_onnxruntime, in_onnxruntime + in_openvino):
         subprocess.run([sys.executable, "-c", ALONE.format(program=program)], check=True)

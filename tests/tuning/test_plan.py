@@ -87,6 +87,37 @@ def test_another_model_or_device_is_refused_unless_forced(changes, message):
     assert fast.strategy.drop == 0.2
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_plan_for_a_runtime_that_reads_files_is_not_applied(runtime):
+    plan = make_plan(runtime=runtime)
+    with pytest.raises(
+        MismatchError, match=rf"tuned for runtime '{runtime}', here 'torch'; export it to NAME\."
+    ) as error:
+        plan.apply(make_model())
+    assert "\n" not in str(error.value)
+    assert plan.apply(make_model(), force=True).schedule == POINT.schedule
+
+
+def test_a_plan_for_torch_compile_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(VWTokenizer, "compile", lambda self, **options: compiled.append(self))
+    assert compiled == [make_plan(runtime="compile").apply(make_model())]
+    make_plan().apply(make_model())
+    assert len(compiled) == 1
+
+
+def test_a_file_from_before_runtimes(tmp_path):
+    make_plan(precision="bfloat16").save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content.pop("runtime") == "torch"
+    content["dtype"] = content.pop("precision")
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert Plan.load(tmp_path / "plan.json") == make_plan(precision="bfloat16")
+    (tmp_path / "plan.json").write_text(json.dumps(content | {"runtime": "torch"}))
+    with pytest.raises(DocumentError, match="unknown dtype; without precision"):
+        Plan.load(tmp_path / "plan.json")
+
+
 def test_other_threads_and_versions_are_the_same_device():
     machine = {**make_profile().machine, "threads": 99, "torch": "0.1"}
     with pytest.warns(UserWarning, match="tuned with 99 threads"):
@@ -186,6 +217,9 @@ CHANGES = {
     "goal": ({"goal": "fast"}, "goal"),
     "goal that is a list": ({"goal": {"ratio": [[0.75]]}}, "no goal or no front"),
     "not a number": ({"chosen": {**ROW, "kl": math.nan}}, "figures are no numbers"),
+    "runtime": ({"runtime": "tvm"}, "has runtime 'tvm'; expected one of torch, compile, onnxruntime, openvino; tune"),
+    "runtimes": ({"runtime": ["torch"]}, r"has runtime \['torch'\]; expected one of"),
+    "precision": ({"precision": None}, "has precision None; expected one of float32, bfloat16, float16, float64; tune"),
     "model": ({"model": ["vit"]}, r"has model \['vit'\]"),
     "batch": ({"batch_size": True}, "has batch_size True"),
     "cpu": ({"machine": {"cpu": None, "device": "cpu"}}, "does not say where it was tuned"),

@@ -15,6 +15,7 @@ from vwt.reductions.kinds import KINDS
 from vwt.reductions.merge import Merge
 from vwt.reductions.prune import Prune
 from vwt.reductions.reduction import patches_entering
+from vwt.tuning.parts import Parts
 from vwt.tuning.profile import LatencyProfile
 
 PATCHES, PREFIX, DEPTH = 16, 1, 4
@@ -256,6 +257,8 @@ CHANGES = {
     "not a number": ({"block": [1.0, 2.0, math.nan, 4.0]}, "has not 4 numbers in 'block'"),
     "true": ({"attention": [True, 2.0, 3.0, 4.0]}, "has not 4 numbers in 'attention'"),
     "endless": ({"embed": math.inf}, "has embed inf"),
+    "runtime": ({"runtime": 1}, "has runtime 1; expected one of torch, compile, onnxruntime, openvino; measure again"),
+    "precision": ({"precision": "int4"}, "has precision 'int4'; expected one of float32, bfloat16"),
     "model": ({"model": 3}, "has model 3; expected a str"),
     "prefix only": ({"reads_prefix_only": "no"}, "has reads_prefix_only 'no'; expected a bool"),
     "nested": ({"head": [[[0.0] * 9] * 9] * 9}, r"has head \[\[\[0\.0, .{,100}\.\.\.; expected"),
@@ -369,6 +372,85 @@ def test_a_model_that_is_not_supported():
 
 def test_figures_are_finite(measured):
     assert all(math.isfinite(measured.predict(reductions)) for reductions in REDUCED)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def checks_off_by(*errors):
+    return [{"schedule": "{}", "predicted": 10.0 * (1 + error), "measured": 10.0} for error in errors]
+
+
+def test_predictions_that_are_off_are_said(recwarn):
+    make_profile(checks=checks_off_by(0.04, -0.049, 0.3)).check(make_model())
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match="predictions of 3 forwards are off by 6 % in the median, .*; measure again on"
+    ):
+        make_profile(checks=checks_off_by(0.04, -0.06, 0.3)).check(make_model())
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+def test_a_profile_is_checked_as_it_is_measured(factor, monkeypatch, recwarn):
+    """Parts of known latency, and forwards that take what these predict, or more."""
+
+    def measure(self, runs, progress):
+        ms = {"embed": 10.0, "head": 20.0}
+        for name, latency in (("block", block_ms), ("attention", attention_ms), ("counting", counting_ms)):
+            ms |= {(name, count): DEPTH * latency(count) for count in self.counts}
+        known = make_profile(reductions=REDUCTIONS)
+        forwards = [known.predict(schedule) for schedule in self.checks + self.fitted]
+        checked = len(self.checks)
+        return ms | {("forward", i): (factor if 0 < i < checked else 1) * each for i, each in enumerate(forwards)}
+
+    monkeypatch.setattr(Parts, "measure", measure)
+    profile = LatencyProfile.measure(make_model(), points=4, progress=False)
+    assert profile.error == pytest.approx(1 - 1 / factor, abs=0.01)
+    assert [check["measured"] < check["predicted"] * 1.01 for check in profile.checks] == [True] + [factor == 1] * 7
+    assert bool(recwarn) == (factor > 1)
+
+
+# -- runtimes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_says_its_runtime_and_precision(monkeypatch):
+    asked = []
+
+    def measure(self, runs, progress):
+        asked.append((self.runtime, self.precision, self.images.dtype))
+        names = [(name, count) for name in ("block", "attention", "counting") for count in self.counts]
+        names += [("forward", index) for index in range(len(self.checks + self.fitted))]
+        return dict.fromkeys([*names, "embed", "head"], 1.0)
+
+    monkeypatch.setattr(Parts, "measure", measure)
+    monkeypatch.setattr("vwt.tuning.where.check_runtime", lambda *_: None)
+    model, options = make_model(), {"points": 2, "progress": False}
+    with pytest.warns(UserWarning, match="off by"):  # as nothing of this is so
+        profile = LatencyProfile.measure(model, runtime="openvino", precision="bfloat16", **options)
+    assert asked == [("openvino", "bfloat16", torch.float32)]  # which computes in bfloat16 what is written in float32
+    assert (profile.runtime, profile.precision) == ("openvino", "bfloat16")
+    assert next(model.parameters()).dtype == torch.float32
+    replace(profile, checks=[]).check(make_model().bfloat16())
+    with pytest.raises(MismatchError, match="with precision 'bfloat16', here it is 'float32'"):
+        profile.check(model)
+
+
+def test_a_runtime_that_is_none_is_said_first():
+    with pytest.raises(ArgumentError, match="runtime is 'tvm'; expected one of torch, compile, onnxruntime, openvino"):
+        LatencyProfile.measure(make_model(), runtime="tvm", progress=False)
+    with pytest.raises(ArgumentError, match="precision is 'float16'; expected one of float32, bfloat16"):
+        LatencyProfile.measure(make_model(), runtime="onnxruntime", precision="float16", progress=False)
+
+
+def test_a_file_from_before_runtimes(tmp_path):
+    write(tmp_path / "profile.json", dtype="float32", precision=..., runtime=...)
+    assert LatencyProfile.load(tmp_path / "profile.json") == make_profile()
+
+
+def test_another_version_of_the_runtime_is_another_machine(monkeypatch):
+    monkeypatch.setattr("vwt.tuning.profile.runtime_version", lambda runtime: {"onnxruntime": "2.0"})
+    profile = make_profile(runtime="onnxruntime")
+    assert profile.elsewhere() == ["onnxruntime None, here '2.0'"]
 
 
 # -- images of another size, and threads -------------------------------------------------------------------------------

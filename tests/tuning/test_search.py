@@ -6,7 +6,7 @@ import torch
 from tests.reductions.cases import make_model
 from tests.tuning.test_calibration import make_images
 from tests.tuning.test_profile import REDUCTIONS, make_profile
-from vwt import Absorb, IntraImage, Neighbours, Prune, PruningSchedule, VWTokenizer
+from vwt import Absorb, IntraImage, Neighbours, Prune, PruningSchedule
 from vwt.errors import ArgumentError, MismatchError
 from vwt.measure.timing import Latency
 from vwt.reductions.reduction import patches_entering

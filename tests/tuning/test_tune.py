@@ -3,6 +3,7 @@ import math
 import os
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,16 +12,19 @@ from tests.reductions.cases import make_model
 from tests.test_datasets import write_images
 from tests.tuning.test_calibration import codebook_of, make_images
 from tests.tuning.test_profile import make_profile
-from vwt import Neighbours, Plan, PruningSchedule, tune
+from vwt import Absorb, Neighbours, Plan, PruningSchedule, tune
 from vwt.errors import ArgumentError, ImageError
+from vwt.measure.timing import Latency
 from vwt.tuning import tune as tuning
 from vwt.tuning.calibration import Calibration, compare
 from vwt.tuning.goal import SLACK, choose
 from vwt.tuning.notes import read_notes
 from vwt.tuning.plan import Point, front_of
 from vwt.tuning.profile import LatencyProfile
+from vwt.tuning.search import Candidate, Outcome
 
 IMAGES = make_images(20)
+MEASURE, COSTS = tuning._Bench.measure, tuning._costs  # which most tests replace
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +38,8 @@ def small(monkeypatch):
 
     def measure(model, batch_size=1, **options):
         asked.append((batch_size, options))
-        return make_profile(batch_size=batch_size)
+        where = {"runtime": options["runtime"], "precision": LatencyProfile.identify(model)["precision"]}
+        return make_profile(batch_size=batch_size, **where)
 
     monkeypatch.setattr(LatencyProfile, "measure", measure)
     monkeypatch.setattr(tuning, "_costs", lambda profile, images, bound, *rest: dict.fromkeys(bound, 0.0))
@@ -116,6 +121,72 @@ def test_what_is_measured_and_for_which_batch(small):
     assert small == [(4, {"runtime": "torch", "image_size": (64, 64), "seed": 5, "progress": False})]
     assert plan.batch_size == 4
     check_plan(plan)
+
+
+# -- runtimes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What is built for runtimes; nothing is timed."""
+    asked = []
+
+    def run_in(runtime, precision, model, example):
+        asked.append((runtime, precision, example.dtype, model))
+        return model
+
+    def measure(full, reduced, *_, **__):
+        return [Latency(10.0, 1.0, (1.0, 1.0)), *[Latency(7.0, 0.7, (0.7, 0.7))] * len(reduced)]
+
+    monkeypatch.setattr(tuning, "run_in", run_in)
+    monkeypatch.setattr(tuning, "interleave", lambda calls, *_, **__: [{"run": np.ones((1, 1))} for _ in calls])
+    monkeypatch.setattr(tuning, "measure_latency", measure)
+    return asked
+
+
+def test_a_plan_says_its_runtime_and_precision(small, monkeypatch):
+    monkeypatch.setattr("vwt.tuning.where.check_runtime", lambda *_: None)
+    plan = run(ratio=0.7, runtime="onnxruntime", precision="bfloat16")
+    assert (plan.runtime, plan.precision) == ("onnxruntime", "bfloat16")
+    assert small[0][1]["runtime"] == "onnxruntime"
+    assert plan.apply(make_model().bfloat16(), force=True).schedule == plan.chosen.schedule
+
+
+def test_candidates_are_built_for_the_runtime_once(opened):
+    model = make_model()
+    bench = tuning._Bench(make_profile(runtime="openvino"), model, {}, IMAGES, 0, False)
+    outcomes = [Outcome(Candidate("", ((1, Absorb(n)),)), 0.1, 0.9) for n in (3, 4)]
+    MEASURE(bench, outcomes[:1])
+    points = MEASURE(bench, outcomes)
+    assert [point.ratio for point in points] == [1.0, 0.7, 0.7]
+    assert {each[:3] for each in opened} == {("openvino", "float32", torch.float32)}
+    assert [getattr(each[3], "schedule", None) for each in opened] == [None, {1: Absorb(3)}, {1: Absorb(4)}]
+
+
+@pytest.mark.parametrize(("runtime", "built"), [("torch", 5), ("compile", 3)])
+def test_few_strategies_are_built_where_each_takes_seconds(opened, runtime, built):
+    calibration = Calibration(make_model(), IMAGES, progress=False)
+    bound = {f"{drop}": calibration.with_strategy(Neighbours(drop)) for drop in (0.1, 0.2, 0.3, 0.4)}
+    costs = COSTS(make_profile(runtime=runtime), IMAGES[:1], bound, 0, False)
+    assert set(costs) == set(bound)
+    assert len(opened) == built
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_words_of_unequal_counts_are_left_out_where_they_cannot_be_exported(runtime, tmp_path):
+    codebook_of(IMAGES).save(tmp_path / "words.zarr")
+    with pytest.warns(UserWarning, match=f"which cannot be exported to {runtime}; they are left out of the search"):
+        made = tuning._strategies([tmp_path / "words.zarr"], (4, 4), runtime)
+    assert {how["name"] for how in made.values()} == {"Neighbours"}
+    assert "InterImage" in {how["name"] for how in tuning._strategies([tmp_path / "words.zarr"], (4, 4)).values()}
+
+
+def test_what_a_runtime_cannot_do_is_said_before_the_work(small):
+    with pytest.raises(ArgumentError, match="runtime is 'tvm'; expected one of torch, compile, onnxruntime, openvino"):
+        run(ratio=0.7, runtime="tvm")
+    with pytest.raises(ArgumentError, match="precision is 'float16'; expected one of float32, bfloat16"):
+        run(ratio=0.7, runtime="openvino", precision="float16")
+    assert not small
 
 
 def test_words_are_tried_where_there_is_a_codebook(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from vwt.commands.pictures import save_report
 from vwt.datasets import check_source
 from vwt.documents import check_writable
 from vwt.errors import ArgumentError, MismatchError
+from vwt.export.formats import FORMATS
+from vwt.export.runtimes import EXPORTED
 from vwt.pictures.charts import plot_profile, plot_utility
 from vwt.pictures.figures import check_picture
 from vwt.pictures.report.report import check_report
@@ -165,9 +167,17 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
     plan.save(arguments.out)
     print(plan)
-    advice = f'apply it with vwt.Plan.load("{arguments.out}").apply(model)' if plan.chosen.reduces else AS_IT_IS
+    advice = _use(arguments) if plan.chosen.reduces else AS_IT_IS
     if not arguments.report:
         return finish(arguments, arguments.out, advice)
     print(arguments.out)
     save_report(arguments.report, plan, model, arguments)
     return finish(arguments, arguments.report, f"{advice}, and open {arguments.report} in a browser")
+
+
+def _use(arguments: argparse.Namespace) -> str:
+    """What to do with the plan that was made."""
+    if arguments.runtime not in EXPORTED:
+        return f'apply it with vwt.Plan.load("{arguments.out}").apply(model)'
+    suffix = next(suffix for suffix, kind in FORMATS.items() if kind.runtime == arguments.runtime)
+    return f"vwt export --plan {arguments.out} --model {arguments.model} --images DIR --to NAME{suffix}"

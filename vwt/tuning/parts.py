@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vwt.export.runtimes import run_in, run_module, written_in
 from vwt.measure.timing import Calls, interleave
 from vwt.models.backbone import Backbone
 from vwt.models.checking import check_parts
+from vwt.progress import progress_bar
 from vwt.reductions.kinds import KINDS
 from vwt.reductions.reduction import Reduction, patches_entering
 from vwt.tokenizer import VWTokenizer
@@ -164,7 +164,9 @@ class Parts:
         parts: dict[Any, float] = {}
         single = self.runtime == "torch"
         number = 1 if single else len(self.checks + self.fitted)
-        for group in tqdm(self._groups(), desc="parts", total=number, unit="part", disable=single or not progress):
+        for group in progress_bar(
+            self._groups(), desc="parts", total=number, unit="part", show=progress and not single
+        ):
             own, *others = self._time([full, *group.values()], runs, progress and single)
             fulls.append(own)
             parts |= {name: other / own for name, other in zip(group, others, strict=True)}
