@@ -84,12 +84,12 @@ def _set_threads(arguments: argparse.Namespace) -> None:
 def open_model(arguments: argparse.Namespace) -> nn.Module:
     """The model that is asked for, where and as it will be used."""
     _set_threads(arguments)
-    if getattr(arguments, "runtime", None):
-        check_runtime(arguments.runtime, arguments.precision, torch.device(arguments.device))
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"no device {arguments.device!r}: {first_line(error)}") from error
+    if getattr(arguments, "runtime", None):
+        check_runtime(arguments.runtime, arguments.precision, torch.device(arguments.device))
     model = create_named_model(arguments)
     return model.to(device=arguments.device, dtype=getattr(torch, arguments.precision))
 
