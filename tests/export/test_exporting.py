@@ -210,6 +210,16 @@ def test_counts_of_their_own_are_refused(small_vit, images, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_relpos_base_patch16_cls_224"])
+def test_a_bias_for_relative_positions_is_refused(name, images, tmp_path):
+    """Its file would take as many images as it was traced with."""
+    need(".onnx")
+    model = timm.create_model(name, img_size=160, depth=2, embed_dim=48, num_heads=3).eval()
+    with pytest.raises(ExportError, match=r"on fewer tokens cannot be exported for any number of images .*run it in"):
+        export(VWTokenizer(model, IntraImage(0.5)), tmp_path / "m.onnx", images)
+    assert not list(tmp_path.iterdir())
+
+
 def test_places_where_nothing_can_be_written(tmp_path):
     need(".onnx")
     with pytest.raises(ArgumentError, match=r"cannot export to model\.engine; expected a name that ends in \.onnx, "):

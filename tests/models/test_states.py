@@ -64,6 +64,28 @@ def test_adapters_are_trained_and_merged():
         torch.testing.assert_close(fast(IMAGES), output, atol=1e-4, rtol=1e-4)
 
 
+def test_peft():
+    """A model with LoRA, a wrapper with LoRA, and LoRA merged answer alike; of peft's model, its part."""
+    peft = pytest.importorskip("peft", reason="peft is not installed; pip install peft")
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "fc1"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(make_model(), config).eval()
+    with pytest.raises(ModelError, match=r"its part 'base_model\.model' is, a VisionTransformer: wrap that part"):
+        VWTokenizer(adapted)
+    model = adapted.base_model.model
+    for fast in reduced(model):
+        model.zero_grad()
+        fast(IMAGES).sum().backward()
+        trained = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        assert len(trained) == 3 * 2 * 2
+        assert all("lora" in name for name in trained)
+        assert all(grad.abs().sum() > 0 for grad in trained.values())
+    apart = [fast(IMAGES) for fast in reduced(model)]
+    for fast, output in zip(reduced(adapted.merge_and_unload()), apart, strict=True):
+        torch.testing.assert_close(fast(IMAGES), output, atol=1e-4, rtol=1e-4)
+    assert peft.get_peft_model(VWTokenizer(make_model(), IntraImage(0.5)), config)(IMAGES).shape == (2, 10)
+
+
 def test_half():
     model = make_model().half()
     with torch.inference_mode():

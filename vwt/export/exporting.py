@@ -124,6 +124,11 @@ def export(
         ImageError: for images that the model does not take.
     """
     kind, path = check_target(path, batch_size), Path(path)
+    if not fast.family.ABILITIES.export:
+        raise ExportError(
+            f"a {type(fast.model).__name__} on fewer tokens cannot be exported for any number of images (`vwt models` "
+            "says what can); run it in torch"
+        )
     if fast.training:
         raise ArgumentError("the model is in train mode; call .eval() first")
     fast.backbone.check(images)

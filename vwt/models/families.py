@@ -122,8 +122,9 @@ class NaFlexFamily(EvaFamily):
 class BiasedFamily(Family):
     """What families have in common whose attention adds a bias for the relative position of each two patches."""
 
-    # A bias is one of two places of the grid, and a token of several patches has several.
-    ABILITIES = Abilities(strategies="that keep patches", schedules=False)
+    # A bias is one of two places of the grid, and a token of several patches has several. Exporters take the number of
+    # images, for each of which a bias is picked, for a constant.
+    ABILITIES = Abilities(strategies="that keep patches", schedules=False, export=False)
     SHARED: str  # the argument of a block that takes the bias that all blocks share
 
     def __init__(self, model: nn.Module) -> None:
