@@ -1,5 +1,6 @@
 """A stream of patches to cluster centres: a uniform sample for faiss's k-means, or scikit-learn's MiniBatchKMeans."""
 
+import math
 from collections.abc import Callable
 
 import faiss
@@ -8,6 +9,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
+
+# From so many words on, patches are assigned to centres by an inverted index (faiss's IndexIVFFlat, Jégou et al. 2011,
+# "Product quantization for nearest neighbor search", section 4), which compares each patch with those centres only that
+# lie in the lists nearest to it, and the sample is of half precision.
+APPROXIMATE = 1 << 14
+
+_PROBES = 16  # lists
 
 
 def kmeans(
@@ -21,13 +29,14 @@ def kmeans(
     centres: np.ndarray | None = None,
     after: Callable[[int, np.ndarray], None] = lambda done, centres: None,
 ) -> np.ndarray:
-    """Centres (K, D) of faiss's k-means over a sample (n, D) float32, one iteration at a time.
+    """Centres (K, D) float32 of faiss's k-means over a sample (n, D), one iteration at a time.
 
     Coarse to fine: early iterations, whose centres move far whatever the detail, see a part of the sample
     (`subset_sizes`). That ends closer to the patches than as much time spent on all of them.
 
     Args:
-        sample: in random order, so that each beginning of it is a sample too; of unit rows if `spherical`.
+        sample: float32 or float16, in random order, so that each beginning of it is a sample too; of unit rows if
+            `spherical`.
         words: K.
         iterations: of Lloyd's algorithm, in all.
         spherical: centres of unit length, for cosine distance.
@@ -37,20 +46,31 @@ def kmeans(
         after: called after each iteration with their number so far and the centres.
     """
     for iteration, size in list(enumerate(subset_sizes(len(sample), words, iterations)))[done:]:
-        step = faiss.Kmeans(
-            sample.shape[1],
-            words,
-            niter=1,
-            seed=seed,
-            spherical=spherical,
-            min_points_per_centroid=1,
-            max_points_per_centroid=size,
-        )
-        step.train(sample[:size], init_centroids=centres)
-        centres = np.asarray(step.centroids)
+        step = faiss.Clustering(sample.shape[1], words)
+        step.niter, step.seed, step.spherical = 1, seed, spherical
+        step.min_points_per_centroid, step.max_points_per_centroid = 1, size
+        if centres is not None:
+            faiss.copy_array_to_vector(centres.ravel(), step.centroids)
+        index = _make_index(sample.shape[1], words, spherical)
+        if sample.dtype == np.float32:
+            step.train(sample[:size], index)
+        else:  # decoded block by block
+            codec = faiss.IndexScalarQuantizer(sample.shape[1], faiss.ScalarQuantizer.QT_fp16)
+            step.train_encoded(sample[:size].view(np.uint8), codec, index)
+        centres = faiss.vector_to_array(step.centroids).reshape(words, -1)
         after(iteration + 1, centres)
     assert centres is not None  # iterations > done
     return centres
+
+
+def _make_index(width: int, words: int, spherical: bool) -> faiss.Index:
+    """An empty index that finds the nearest of so many centres, by cosine or Euclidean distance."""
+    flat = faiss.IndexFlatIP(width) if spherical else faiss.IndexFlatL2(width)
+    if words < APPROXIMATE:
+        return flat
+    index = faiss.IndexIVFFlat(flat, width, 4 * math.isqrt(words), flat.metric_type)
+    index.nprobe, index.cp.spherical, index.cp.min_points_per_centroid = _PROBES, spherical, 1
+    return index
 
 
 def subset_sizes(patches: int, words: int, iterations: int) -> list[int]:
