@@ -170,6 +170,13 @@ def test_stream_without_a_length(tmp_path, small_vit, monkeypatch):
     assert same(rest, {index: images[index] for index in (5, 6)})
 
 
+def test_stream_that_knows_its_length_has_no_image_of_an_index(tmp_path, small_vit, monkeypatch):
+    monkeypatch.setattr(Endless, "__len__", lambda self: 3, raising=False)
+    monkeypatch.setattr("vwt.datasets.create_dataset", lambda *_, **__: Endless())
+    source = ImageSource(str(write_images(tmp_path, 1)), small_vit)
+    assert len(source) == 0
+
+
 def test_fingerprint_knows_the_names_but_not_the_place(tmp_path, small_vit):
     def fingerprint(folder):
         return ImageSource(str(folder), small_vit).fingerprint()

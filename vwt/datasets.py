@@ -78,8 +78,8 @@ class ImageSource:
         self.transform, self.mode, self.input_size = _make_transform(model)
 
     def __len__(self) -> int:
-        """Number of images, 0 where a stream does not know it."""
-        return len(self.dataset) if hasattr(self.dataset, "__len__") else 0
+        """Number of images, 0 of a stream: even one that knows it has no image of a given index."""
+        return 0 if isinstance(self.dataset, IterableDataset) else len(self.dataset)
 
     @property
     def name(self) -> str:

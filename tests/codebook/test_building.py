@@ -215,6 +215,41 @@ def test_sample_is_bounded_and_counts_are_of_everything(images, small_vit, monke
     assert len(set(image.tolist())) > 6  # of images all over the stream
 
 
+@pytest.mark.parametrize("shard_images", [1, 5, 32])
+def test_words_are_counted_in_some_images_if_asked(images, small_vit, monkeypatch, shard_images):
+    monkeypatch.setattr(building, "SHARD_IMAGES", shard_images)
+    whole, _ = build(images, small_vit)
+    part, report = build(images, small_vit, count_images=5)
+    torch.testing.assert_close(F.normalize(part.words, dim=-1), F.normalize(whole.words, dim=-1))
+    assert report.images == 5
+    assert part.counts.sum() == report.patches == 500
+    assert part.document_counts.max() <= 5
+    assert (part.counts <= whole.counts).all()
+    counted = [book.provenance["data set"]["counted"] for book in (whole, part)]
+    assert counted == ["all images", "some, drawn at random"]
+    assert build(images, small_vit, count_images=12)[1].images == 12
+    vwt.VWTokenizer(small_vit, vwt.InterImage(part, threshold=2.0))(torch.rand(1, 3, 160, 160))
+
+
+def test_images_to_count_that_cannot_be_read(ours, small_vit):
+    for path in sorted(ours.rglob("*.jpg"))[1:]:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the images that were drawn to be counted can be read; count more"):
+        build(ours, small_vit, words=4, count_images=1, seed=1)
+
+
+def test_many_words_are_assigned_approximately_from_a_sample_of_half_precision(images, small_vit, monkeypatch):
+    exact, before = build(images, small_vit, words=64)
+    for module in ("clustering", "finishing"):
+        monkeypatch.setattr(f"vwt.codebook.{module}.APPROXIMATE", 64)
+    monkeypatch.setattr("vwt.codebook.clustering._PROBES", 8)
+    near, after = build(images, small_vit, words=64)
+    assert after.distance < 1.05 * before.distance
+    assert not torch.equal(near.words, exact.words)
+    assert near.provenance["clustering"]["assignment"] == "approximate"
+    assert exact.provenance["clustering"]["assignment"] == "exact"
+
+
 def test_words_without_patches_and_twins_are_counted(tmp_path, small_vit):
     """Patches of constant grey have one of two directions, whatever their grey."""
     for grey in range(0, 240, 20):
@@ -356,6 +391,7 @@ def test_model_of_other_channels_than_its_config_says(images):
         ({"iterations": 0}, "iterations is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 1 << 31}, "seed is 2147483648"),
+        ({"count_images": 0}, "count_images is 0"),
         ({"space": "sound"}, "space is 'sound'; expected one of pixel, embedding"),
         ({"backend": "abacus"}, "backend is 'abacus'; expected one of faiss, sklearn"),
         ({"threshold": 2.1}, r"threshold is 2.1; expected a cosine distance in \[0, 2\]"),
@@ -451,8 +487,8 @@ def unlink(path):
         ("build.json", unlink),
         ("centres.safetensors", halve),
         ("sample.json", halve),
-        ("sample.f32", halve),
-        ("sample.f32", unlink),
+        ("sample.raw", halve),
+        ("sample.raw", unlink),
     ],
 )
 def test_damaged_folder_of_a_build_is_refused(images, small_vit, tmp_path, monkeypatch, name, damage):

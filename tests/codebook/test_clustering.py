@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vwt.codebook import clustering
 from vwt.codebook.clustering import StreamingKMeans, kmeans
 
 
@@ -31,13 +32,30 @@ def test_kmeans_finds_well_separated_clusters(spherical):
     assert np.allclose(lengths, 1, atol=1e-5) == spherical
 
 
-def test_kmeans_goes_on_where_it_stopped():
-    sample, _ = blobs()
-    states = []
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("approximate", [20, 21])
+def test_kmeans_goes_on_where_it_stopped(monkeypatch, dtype, approximate):
+    monkeypatch.setattr(clustering, "APPROXIMATE", approximate)
+    sample, states = blobs()[0].astype(dtype), []
     whole = cluster(sample, words=20, after=lambda done, centres: states.append((done, centres.copy())))
     assert [done for done, _ in states] == [*range(1, 9)]
     for done, centres in states:
         assert (cluster(sample, words=20, done=done, centres=centres) == whole).all()
+
+
+@pytest.mark.parametrize("spherical", [True, False])
+def test_approximate_kmeans_ends_as_close_as_the_exact_one(monkeypatch, spherical):
+    sample = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
+    sample /= np.linalg.norm(sample, axis=1, keepdims=True)
+
+    def distance(centres):
+        return ((sample[:, None] - centres) ** 2).sum(-1).min(1).mean()
+
+    exact = cluster(sample, words=200, spherical=spherical)
+    monkeypatch.setattr(clustering, "APPROXIMATE", 200)
+    near = cluster(sample.astype(np.float16), words=200, spherical=spherical)
+    assert (near != exact).any()
+    assert distance(near) < 1.01 * distance(exact)
 
 
 def test_kmeans_gets_closer_with_every_iteration():

@@ -76,7 +76,7 @@ def test_folder_that_cannot_be_made(tmp_path):
     [
         lambda folder: write_json(folder / "state.json", ["new"] * 100),
         lambda folder: SavedTensors(folder / "state.safetensors").save({"new": torch.ones(100)}, {}),
-        lambda folder: make_matrix(folder / "sample.f32", (10, 10)),
+        lambda folder: make_matrix(folder / "sample.raw", (10, 10), np.float32),
     ],
     ids=["json", "tensors", "sample"],
 )
@@ -153,11 +153,11 @@ def test_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_sample_is_as_it_was_left(tmp_path):
-    path = tmp_path / "sample.f32"
-    make_matrix(path, (3, 2))[1] = 7
-    assert (open_matrix(path, (3, 2)) == np.float32([[0, 0], [7, 7], [0, 0]])).all()
-    with pytest.raises(CodebookError, match=r"sample.f32 .*damaged"):
-        open_matrix(path, (4, 2))
+    path = tmp_path / "sample.raw"
+    make_matrix(path, (3, 2), np.float16)[1] = 7
+    assert (open_matrix(path, (3, 2), np.float16) == np.float32([[0, 0], [7, 7], [0, 0]])).all()
+    with pytest.raises(CodebookError, match=r"sample.raw .*damaged"):
+        open_matrix(path, (4, 2), np.float16)
 
 
 HOLD = """

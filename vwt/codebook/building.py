@@ -8,14 +8,11 @@ the centres after each iteration of the clustering.
 """
 
 import dataclasses
-import datetime
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vwt.codebook.clustering import StreamingKMeans, kmeans
+from vwt.codebook.clustering import StreamingKMeans, kmeans, sample_dtype
 from vwt.codebook.codebook import Codebook, check_free
 from vwt.codebook.config import BuildConfig, BuildReport
 from vwt.codebook.engine import Engine
 from vwt.codebook.features import FeatureStream, Unreadable
+from vwt.codebook.finishing import along_patches, fill_report, first_of_twins, make_provenance
 from vwt.codebook.passes import (
-    RESOLUTION,
     SHARD_IMAGES,
     SHARDS,
     CountPass,
@@ -40,12 +37,12 @@ from vwt.codebook.passes import (
     gather_sample,
     sum_counts,
 )
-from vwt.codebook.resuming import SavedTensors, check_begun, open_matrix, read_json, work_folder
-from vwt.codebook.sampling import HIGHEST, hash_limit
+from vwt.codebook.resuming import SavedTensors, begin, open_matrix, read_json, work_folder
+from vwt.codebook.sampling import HIGHEST, hash_limit, image_hash
 from vwt.codebook.store import ShardStore
 from vwt.datasets import ImageSource
 from vwt.documents import write_json
-from vwt.errors import ArgumentError, CodebookError, DataError
+from vwt.errors import ArgumentError, DataError
 from vwt.measure.timing import Stopwatch
 from vwt.models.spec import PatchSpec
 from vwt.progress import Steps, progress_bar
@@ -60,17 +57,8 @@ _PATCHES_PER_WORD = (40, 200)
 _SAMPLE_BYTES = 256 << 20
 
 
-# Of the folder of a build.
-_VERSION = 2
-
-
 # The first draw expects this share of the images to be readable; if fewer are, it is made again with more.
 _READABLE = 0.95
-
-
-# Cosine distance. faiss makes two words of one by 1 ± 1/1024 on each channel, which puts them 2e-6 apart, and rounding
-# decides which of them a patch is nearer to.
-_DUPLICATE = 1e-5
 
 
 def build_codebook(
@@ -167,6 +155,8 @@ def _check_divisible(stream: ImageSource, config: BuildConfig, engine: Engine, w
             raise ArgumentError(
                 f"{url} is in the memory of this process, which workers do not see; take one process, or another place"
             )
+    if config.count_images is not None and not len(stream):
+        raise ArgumentError(f"{stream.source} is a stream, of which no images can be drawn; leave count_images out")
     if not engine.alone and not len(stream):
         raise ArgumentError(
             f"{stream.source} is a stream, which workers cannot share; read it in one process, or give it as a folder, "
@@ -202,7 +192,7 @@ class _Build:
         self.patches, self.width = features.shape()
 
     def run(self) -> Codebook:
-        self.date = self._open_folder()
+        self.date, self.shard_images = begin(self.folder, self.what, self.shard_images)
         centres = self._cluster_stream() if self.config.backend == "sklearn" else self._cluster_sample()
         return self._count(torch.from_numpy(np.array(centres, dtype=np.float32)))
 
@@ -216,31 +206,6 @@ class _Build:
             "image size": list(self.stream.input_size),
         }
         return dict(json.loads(json.dumps(what)))
-
-    def _open_folder(self) -> str:
-        """Record what is built, or check that an interrupted build was of the same; returns the day it began."""
-        path = self.folder / "build.json"
-        check_begun(path)
-        if path.exists():
-            begun = read_json(path)
-            if begun.get("version") != _VERSION:
-                raise CodebookError(
-                    f"{self.folder} holds an interrupted build of another version of vwt, whose sample is drawn in "
-                    "another way; begin anew with --overwrite"
-                )
-            differing = sorted(key for key in self.what if self.what[key] != begun["what"].get(key))
-            if differing:
-                raise CodebookError(
-                    f"{self.folder} holds an interrupted build with another {', '.join(differing)}; "
-                    "resume it with the same, or drop it with --overwrite"
-                )
-            self.shard_images = begun["shard images"]
-            return str(begun["date"])
-        epoch = os.environ.get("SOURCE_DATE_EPOCH")
-        now = datetime.datetime.fromtimestamp(float(epoch) if epoch else time.time(), datetime.UTC)
-        begun = {"version": _VERSION, "what": self.what, "date": now.date().isoformat()}
-        write_json(path, begun | {"shard images": self.shard_images})
-        return now.date().isoformat()
 
     def _run_pass(self, work: Pass) -> list[int]:
         """Work on the shards that have no result yet; returns the numbers of all."""
@@ -259,7 +224,7 @@ class _Build:
     # -- first pass ------------------------------------------------------------------------------------------------
 
     def _cluster_sample(self) -> np.ndarray:
-        self.step(f"sampling patches of {self._images()}")
+        self.step(f"sampling patches of {self._images()} images")
         sample = self._sample()
         self.step(f"clustering {len(sample)} patches into {self.config.words} words")
         state = SavedTensors(self.folder / "centres.safetensors")
@@ -286,15 +251,15 @@ class _Build:
             )
 
     def _sample(self) -> np.ndarray:
-        """A uniform sample of patches (n, D) float32 in random order, unit rows if spherical; all if there are few."""
-        path, note = self.folder / "sample.f32", self.folder / "sample.json"
+        """A uniform sample of patches (n, D) in random order, unit rows if spherical; all if there are few."""
+        path, note = self.folder / "sample.raw", self.folder / "sample.json"
         if not note.exists():
             size = self._draw(path)
             write_json(note, {"shape": [size, self.width]})
             self.results.remove()
         size, width = read_json(note)["shape"]
         self.report.sampled = size
-        return open_matrix(path, (size, width))
+        return open_matrix(path, (size, width), sample_dtype(self.config.words))
 
     def _draw(self, path: Path) -> int:
         """Write the sample; returns its size."""
@@ -316,7 +281,7 @@ class _Build:
             )
             shards = self._run_pass(work)
             with self.timed("sample"):
-                drawn = gather_sample(self.results, work.name, shards, size, path)
+                drawn = gather_sample(self.results, work.name, shards, size, path, sample_dtype(self.config.words))
             if drawn == size or limit == HIGHEST:
                 break
             readable /= 2
@@ -330,7 +295,7 @@ class _Build:
             self.report.sampled = int(state.meta["sampled"])
             return state.tensors["centres"].numpy()
         config = self.config
-        self.step(f"clustering the patches of {self._images()} into {config.words} words")
+        self.step(f"clustering the patches of {self._images()} images into {config.words} words")
         clusters = StreamingKMeans(config.words, spherical=config.spherical, seed=config.seed)
         seen, skipped = 0, []
         bar = progress_bar(desc="clustering", total=len(self.stream) or None, unit="image", show=self.progress)
@@ -350,8 +315,8 @@ class _Build:
         state.save({"centres": torch.from_numpy(centres)}, {"sampled": str(seen)})
         return centres
 
-    def _images(self) -> str:
-        return f"{len(self.stream) or 'all'} images"
+    def _images(self) -> int | str:
+        return len(self.stream) or "all"
 
     def _for_clustering(self, features: Tensor) -> Tensor:
         return (F.normalize(features, dim=-1) if self.config.spherical else features).cpu()
@@ -385,84 +350,33 @@ class _Build:
             directions=directions,
             counted_as=first,
             threshold=self.config.threshold,
+            seed=self.config.seed,
+            limit=self._count_limit(),
         )
-        self.step(f"counting each word in {self._images()}")
+        self.step(f"counting each word in {self.config.count_images or self._images()} images")
         shards = self._run_pass(work)
         with self.timed("finish"):
             arrays, values = sum_counts(self.results, work.name, shards)
             sums = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            self._finish_report(values, sums["counts"], first)
-            return self._codebook(centres, directions, sums)
+            fill_report(self.report, values, sums["counts"], first)
+            if not self.report.patches:
+                raise DataError("none of the images that were drawn to be counted can be read; count more images")
+            return Codebook(
+                words=along_patches(directions, sums) if self.config.spherical else centres,
+                counts=sums["counts"],
+                document_counts=sums["document_counts"],
+                space=self.config.space,
+                patch_size=self.spec.patch_size,
+                mean=self.spec.mean,
+                std=self.spec.std,
+                projection=self.spec.projection if self.config.space == "embedding" else {},
+                provenance=make_provenance(self.config, self.stream, self.spec, self.report, self.date),
+            )
 
-    def _codebook(self, centres: Tensor, directions: Tensor, sums: dict[str, Tensor]) -> Codebook:
-        config, counts = self.config, sums["counts"]
-        if config.spherical:
-            # A centre on the sphere has a direction only; its length is that of its patches along it, so that pixel
-            # words look like patches and can be expressed in another normalisation. An empty word takes the mean.
-            projections = sums["projections"].double() * RESOLUTION
-            along = projections / counts.clamp(min=1)
-            along[counts == 0] = projections.sum() / counts.sum()
-            centres = directions * along[:, None].float()
-        packages = ["torch", "timm", "numpy", "faiss-cpu" if config.backend == "faiss" else "scikit-learn"]
-        return Codebook(
-            words=centres,
-            counts=counts,
-            document_counts=sums["document_counts"],
-            space=config.space,
-            patch_size=self.spec.patch_size,
-            mean=self.spec.mean,
-            std=self.spec.std,
-            projection=self.spec.projection if config.space == "embedding" else {},
-            provenance={
-                "model": self.spec.model,
-                "data set": {
-                    "name": self.stream.name,
-                    "split": config.split,
-                    "fingerprint": self.stream.fingerprint(),
-                    "images": self.report.images,
-                    "skipped": len(self.report.skipped),
-                    "patches": self.report.patches,
-                    "image size": list(self.stream.input_size),
-                },
-                "clustering": {
-                    "backend": config.backend,
-                    "spherical": config.spherical,
-                    "iterations": config.iterations if config.backend == "faiss" else 1,
-                    "seed": config.seed,
-                    "sampled": self.report.sampled,
-                    "effective words": self.report.effective,
-                    "mean cosine distance": round(self.report.distance, 6),
-                    "mean": list(self.spec.mean),
-                    "std": list(self.spec.std),
-                },
-                "versions": {name: importlib.metadata.version(name) for name in ["vwt", *packages]},
-                "date": self.date,
-            },
-        )
-
-    def _finish_report(self, values: dict[str, Any], counts: Tensor, first: Tensor) -> None:
-        report, is_first = self.report, first == torch.arange(len(first))
-        report.images = values["images"]
-        report.skipped = {name: reason for _, name, reason in sorted(values["skipped"])}
-        report.patches = int(counts.sum())
-        report.empty, report.duplicate = int((is_first & (counts == 0)).sum()), int((~is_first).sum())
-        report.effective = len(counts) - report.empty - report.duplicate
-        report.distance = values["distance"] * RESOLUTION / report.patches
-        report.matched = values["matched"] / report.patches
-
-
-def first_of_twins(directions: Tensor) -> Tensor:
-    """Id (K,) int64 of the first word that each points the way of, within a cosine distance of 1e-5; else its own.
-
-    Args:
-        directions: (K, D) of unit length.
-    """
-    first = torch.arange(len(directions))
-    for start in range(0, len(directions), 1024):
-        block = directions[start : start + 1024]
-        same = (block @ directions.T >= 1.0 - _DUPLICATE).tril(start)
-        same[torch.arange(len(block)), torch.arange(start, start + len(block))] = True
-        first[start : start + 1024] = same.int().argmax(dim=1)
-    while not torch.equal(first, first[first]):  # the twin of a twin
-        first = first[first]
-    return first
+    def _count_limit(self) -> int:
+        """Highest hash of an image that is counted."""
+        most = self.config.count_images
+        if most is None or most >= len(self.stream):
+            return HIGHEST
+        hashes = [image_hash(self.config.seed, self.stream.key(index)) for index in range(len(self.stream))]
+        return int(np.partition(np.array(hashes, np.uint64), most - 1)[most - 1])

@@ -18,6 +18,11 @@ APPROXIMATE = 1 << 14
 _PROBES = 16  # lists
 
 
+def sample_dtype(words: int) -> type[np.generic]:
+    """Of the sample from which so many words are clustered."""
+    return np.float16 if words >= APPROXIMATE else np.float32
+
+
 def kmeans(
     sample: np.ndarray,
     words: int,

@@ -26,6 +26,8 @@ class BuildConfig:
         seed: of the sample and of the clustering.
         threshold: cosine distance up to which the report counts a patch as matched.
         split: of the data set.
+        count_images: read only so many images, drawn at random, in the second pass, which counts the words and measures
+            the lengths of spherical ones; by default all.
     """
 
     words: int = 1000
@@ -36,11 +38,14 @@ class BuildConfig:
     seed: int = 0
     threshold: float = 0.1
     split: str = "train"
+    count_images: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (("words", 1, 2**31), ("iterations", 1, 2**31), ("seed", 0, 2**31)):
+        for name, least in (("words", 1), ("iterations", 1), ("seed", 0), ("count_images", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value < most:
+            if value is None and name == "count_images":
+                continue
+            if not isinstance(value, int) or not least <= value < 2**31:
                 raise ArgumentError(f"{name} is {value!r}; expected an integer of at least {least}, below 2**31")
         for name, choices in (("space", SPACES), ("backend", BACKENDS)):
             if getattr(self, name) not in choices:
@@ -53,7 +58,7 @@ class BuildReport:
     """What a build did.
 
     Attributes:
-        images: images read.
+        images: images read in the second pass.
         skipped: name of each image that could not be read, with the reason.
         patches: patches seen.
         sampled: patches that the clustering worked on.

@@ -4,7 +4,6 @@ A shard is a run of consecutive images. Its result depends on nothing but its im
 without regard to their order: the sample as the patches of lowest hash, the counts as sums of integers.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -19,8 +18,9 @@ from torch import Tensor
 from vwt.codebook.features import FeatureStream, Unreadable
 from vwt.codebook.matching import nearest_words, within
 from vwt.codebook.resuming import make_matrix
-from vwt.codebook.sampling import HIGHEST, lowest, patch_hashes
+from vwt.codebook.sampling import HIGHEST, image_hash, lowest, patch_hashes
 from vwt.codebook.store import ShardStore
+from vwt.documents import replacing
 
 # A shard's images, where the data set is small, and the number of shards, where it is large.
 SHARD_IMAGES, SHARDS = 32, 4096
@@ -177,11 +177,22 @@ class CountPass(Pass):
         directions: (K, D) float32 words of unit length.
         counted_as: (K,) int64, the word that the patches of each count to: an earlier one that equals it, or itself.
         threshold: cosine distance within which a patch counts as matched.
+        seed: of the hashes of images.
+        limit: highest hash of an image that is counted.
     """
 
     directions: Tensor
     counted_as: Tensor
     threshold: float
+    seed: int = 0
+    limit: int = HIGHEST
+
+    def chosen(self, shard: int) -> list[int]:
+        """See `Pass`."""
+        indices = super().chosen(shard)
+        if self.limit == HIGHEST:
+            return indices
+        return [index for index in indices if image_hash(self.seed, self.features.source.key(index)) <= self.limit]
 
     @torch.inference_mode()
     def each(self, features: Tensor) -> tuple[np.ndarray, np.ndarray, int, int]:
@@ -211,8 +222,10 @@ def _fixed(values: Tensor) -> Tensor:
     return (values.double() / RESOLUTION).round().long()
 
 
-def gather_sample(results: ShardStore, name: str, shards: Sequence[int], size: int, path: Path) -> int:
-    """Write the patches of lowest hash of all shards to a file of float32 (n, D), sorted by hash.
+def gather_sample(
+    results: ShardStore, name: str, shards: Sequence[int], size: int, path: Path, dtype: type[np.generic]
+) -> int:
+    """Write the patches of lowest hash of all shards to a file that holds a matrix (n, D), sorted by hash.
 
     Args:
         results: of a `SamplePass`; no more than one shard's rows are held in memory.
@@ -220,6 +233,7 @@ def gather_sample(results: ShardStore, name: str, shards: Sequence[int], size: i
         shards: their numbers.
         size: of the sample, at most.
         path: of the file; it is there when it is complete.
+        dtype: of the matrix.
 
     Returns:
         n.
@@ -235,16 +249,15 @@ def gather_sample(results: ShardStore, name: str, shards: Sequence[int], size: i
     place[order] = np.arange(len(order))
     if not len(order):
         return 0
-    fresh = path.with_suffix(".fresh")
-    sample = make_matrix(fresh, (len(order), width))
-    start = 0
-    for shard in shards:
-        rows = results.read(name, shard)[0]["rows"]
-        places = place[start : start + len(rows)]
-        if len(rows):  # the width of none is unknown
-            sample[places[places >= 0]] = rows[places >= 0]
-        start += len(rows)
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        sample = make_matrix(fresh, (len(order), width), dtype)
+        start = 0
+        for shard in shards:
+            rows = results.read(name, shard)[0]["rows"]
+            places = place[start : start + len(rows)]
+            if len(rows):  # the width of none is unknown
+                sample[places[places >= 0]] = rows[places >= 0]
+            start += len(rows)
     return len(order)
 
 

@@ -1,11 +1,13 @@
 """The folder of a build: made beside the codebook, kept when the build is interrupted, removed when it is complete."""
 
+import datetime
 import errno
 import json
 import os
 import shutil
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vwt.documents import replacing, write_json
 from vwt.errors import CodebookError, resume_advice
 
 try:
@@ -28,6 +31,9 @@ except ImportError:  # Windows has other locks; builds there are not kept apart
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 
 _LOCK = "lock"
+
+# Of the folder of a build.
+_VERSION = 3
 
 
 @contextmanager
@@ -104,6 +110,44 @@ def _lock(file: Any, folder: Path) -> None:
         ) from error
 
 
+def begin(folder: Path, what: dict[str, Any], shard_images: int) -> tuple[str, int]:
+    """Record what is built in a folder, or check that an interrupted build there was of the same.
+
+    Args:
+        folder: of the build.
+        what: decides the codebook; JSON types only.
+        shard_images: images a shard.
+
+    Returns:
+        The day on which the build began, and its images a shard.
+
+    Raises:
+        CodebookError: if the build there is of something else or of another version, or damaged.
+    """
+    path = folder / "build.json"
+    if path.exists():
+        begun = read_json(path)
+        if begun.get("version") != _VERSION:
+            raise CodebookError(
+                f"{folder} holds an interrupted build of another version of vwt, whose sample is drawn in another way; "
+                "begin anew with --overwrite"
+            )
+        differing = sorted(key for key in what if what[key] != begun["what"].get(key))
+        if differing:
+            raise CodebookError(
+                f"{folder} holds an interrupted build with another {', '.join(differing)}; resume it with the same, or "
+                "drop it with --overwrite"
+            )
+        return str(begun["date"]), int(begun["shard images"])
+    # It is written first, so that a folder that holds anything else has lost it.
+    if any(other.name != _LOCK and other.suffix != ".fresh" for other in folder.iterdir()):
+        raise _damaged(path)
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    date = datetime.datetime.fromtimestamp(float(epoch) if epoch else time.time(), datetime.UTC).date().isoformat()
+    write_json(path, {"version": _VERSION, "what": what, "date": date, "shard images": shard_images})
+    return date, shard_images
+
+
 def read_json(path: Path) -> Any:
     """Read what `write_json` wrote."""
     try:
@@ -112,22 +156,22 @@ def read_json(path: Path) -> Any:
         raise _damaged(path) from error
 
 
-def make_matrix(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A float32 matrix in a new file, made in full size, so that a small disk refuses now."""
-    size = 4 * shape[0] * shape[1]
+def make_matrix(path: Path, shape: tuple[int, int], dtype: type[np.generic]) -> np.memmap:
+    """A matrix in a new file, made in full size, so that a small disk refuses now."""
+    size = np.dtype(dtype).itemsize * shape[0] * shape[1]
     with open(path, "wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
         else:
             file.truncate(size)
-    return np.memmap(path, np.float32, "r+", 0, shape)
+    return np.memmap(path, dtype, "r+", 0, shape)
 
 
-def open_matrix(path: Path, shape: tuple[int, int]) -> np.memmap:
+def open_matrix(path: Path, shape: tuple[int, int], dtype: type[np.generic]) -> np.memmap:
     """What was made with `make_matrix`."""
-    if not path.exists() or path.stat().st_size != 4 * shape[0] * shape[1]:
+    if not path.exists() or path.stat().st_size != np.dtype(dtype).itemsize * shape[0] * shape[1]:
         raise _damaged(path)
-    return np.memmap(path, np.float32, "r", 0, shape)
+    return np.memmap(path, dtype, "r", 0, shape)
 
 
 class SavedTensors:
@@ -152,16 +196,9 @@ class SavedTensors:
 
     def save(self, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
         """Replace what was saved."""
-        fresh = self.path.with_suffix(".fresh")
-        fresh.write_bytes(save(tensors, meta))
-        os.replace(fresh, self.path)
+        with replacing(self.path) as fresh:
+            fresh.write_bytes(save(tensors, meta))
         self.tensors, self.meta = tensors, meta
-
-
-def check_begun(path: Path) -> None:
-    """Raise CodebookError if `path`, which is written first, is missing from a folder that holds anything else."""
-    if not path.exists() and any(other.name != _LOCK and other.suffix != ".fresh" for other in path.parent.iterdir()):
-        raise _damaged(path)
 
 
 def _damaged(path: Path) -> CodebookError:

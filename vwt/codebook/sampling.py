@@ -31,6 +31,11 @@ def patch_hashes(seed: int, key: str, patches: int) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+def image_hash(seed: int, key: str) -> int:
+    """Hash of an image, by which some are drawn to be counted; it says nothing about those of its patches."""
+    return int(patch_hashes(seed, f"image {key}", 1)[0])
+
+
 def lowest(hashes: np.ndarray, numbers: np.ndarray, size: int) -> np.ndarray:
     """Places (at most size,) int64 of the lowest hashes, in ascending order; ties go to the lower number.
 

@@ -29,6 +29,7 @@ def add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--seed", type=int, default=default.seed, help="of sample and clustering")
     build.add_argument("--threshold", type=float, default=default.threshold, help="cosine distance, for the summary")
     build.add_argument("--split", default=default.split, help="split of the data set")
+    build.add_argument("--count-images", type=int, metavar="N", help="count words in N images only, drawn at random")
     build.add_argument("--data-dir", help="where named data sets are cached")
     build.add_argument("--workers", type=int, help="processes that decode images; by default half the processors")
     build.add_argument("--engine", choices=ENGINES, default="local", help="who works on the images, shard by shard")
@@ -55,6 +56,7 @@ def _build(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         threshold=arguments.threshold,
         split=arguments.split,
+        count_images=arguments.count_images,
     )
     engine = Engine(arguments.engine, arguments.num_workers, arguments.address, arguments.gpus_per_worker)
     # All that is wrong is said before weights are fetched.
