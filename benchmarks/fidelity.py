@@ -12,11 +12,13 @@ where a data set's folders are WordNet ids and the model has these classes, or t
 as the model's. `tokens` are those that enter a block, prefix included, mean over blocks and images. `_low` and `_high`
 are the ends of 95 % bootstrap intervals over images, of the differences image by image where two variants are compared.
 All scores are kept in --cache until the run is complete, by images' pixels: the same command goes on where it was
-interrupted; a run that is killed loses a minute.
+interrupted; a run that is killed loses a minute. `gmacs` are billions of multiply-accumulates an image, as torch counts
+them on one image, what a reduction itself does included.
 
 Latency: afterwards, at batch 1, on --images of the images, all variants in turn (see benchmarks/latency.py). `ratio` is
-to the full model, the median over images of the ratio of medians over --runs; its interval is over images. This needs
-a quiet machine; --no-latency leaves it out.
+to the full model, the median over images of the ratio of medians over --runs; its interval is over images. `throughput`
+is in images a second, in batches of --batch-size (of --images, if these are fewer). This needs a quiet machine;
+--no-latency leaves it out.
 
 `front` says on which Pareto fronts (KL over tokens, KL over latency) a variant is. The second table has, for each
 comparator, the cheapest variant of vwt with at most its KL, and what it costs as a ratio to the comparator.
@@ -54,7 +56,7 @@ from results import (
     save_results,
 )
 from torch import Tensor
-from variants import FULL, OURS, PEERS, Module, build, choose, mean_tokens, registry, with_notes
+from variants import FULL, OURS, PEERS, Module, build, choose, mean_gmacs, mean_tokens, registry, with_notes
 
 import vwt
 from vwt import InterImage
@@ -68,8 +70,8 @@ from vwt.tuning.calibration import compare
 COLUMNS = {
     "name": "", "tokens": ".1f", "agreement": ".3f", "agreement_low": ".3f", "agreement_high": ".3f", "kl": ".4f",
     "kl_low": ".4f", "kl_high": ".4f", "top1": ".4f", "top1_change": "+.4f", "top1_change_low": "+.4f",
-    "top1_change_high": "+.4f", "ms": ".2f", "ratio": ".3f", "ratio_low": ".3f", "ratio_high": ".3f", "front": "",
-    "note": "",
+    "top1_change_high": "+.4f", "gmacs": ".2f", "throughput": ".1f", "ms": ".2f", "ratio": ".3f", "ratio_low": ".3f",
+    "ratio_high": ".3f", "front": "", "note": "",
 }  # fmt: skip
 EQUAL_KL = {
     "peer": "", "kl": ".4f", "vwt": "", "vwt_kl": ".4f", "kl_change_low": "+.4f", "kl_change_high": "+.4f",
@@ -119,7 +121,8 @@ def run(arguments: argparse.Namespace) -> None:
     images = open_images(bench)
     variants = choose(every, arguments.only)
     batches = [] if arguments.no_latency or arguments.operators else bench.batches(1)
-    modules, notes = build(bench, variants, bench.prepare(images.first()))
+    first = bench.prepare(images.first())
+    modules, notes = build(bench, variants, first)
     header = bench.header
     title = f"{arguments.model}, {len(images.chosen) or 'all'} images of {arguments.data}"
     print(f"{header['hardware']}\n{title}{images.remark}")
@@ -133,10 +136,12 @@ def run(arguments: argparse.Namespace) -> None:
         save_results(bench.paths, header, tables | print_operators(bench, scores))
         known.path.unlink(missing_ok=True)
         return
+    with bench.autocast():
+        rows = [row | {"gmacs": mean_gmacs(modules[row["name"]], first)} for row in rows]
     seconds = measure_latency(bench, modules, batches) if batches else {}
-    baselines = {variant.name: variant.baseline for variant in variants}
-    for row in rows if seconds else ():
-        row |= latency_columns(seconds[row["name"]], seconds[baselines[row["name"]]], arguments.seed)
+    if seconds:
+        add_latency(rows, seconds, {v.name: v.baseline for v in variants}, arguments.seed)
+        add_throughput(bench, modules, rows)
     mark_fronts(rows)
     rows = with_notes(variants, rows, notes)
     tables = {"fidelity": rows, "equal_kl": equal_kl(rows, scores, seconds, arguments.seed)}
@@ -363,6 +368,22 @@ def latency_columns(own: np.ndarray, baseline: np.ndarray, seed: int) -> Row:
     """Milliseconds, and the ratio to a baseline, of seconds (items, runs)."""
     low, high = ratio_interval(own, baseline, seed)
     return {"ms": 1e3 * float(np.median(own)), "ratio": ratio(own, baseline), "ratio_low": low, "ratio_high": high}
+
+
+def add_latency(rows: Sequence[Row], seconds: dict[str, np.ndarray], baselines: dict[str, str], seed: int) -> None:
+    """To each row what `latency_columns` makes of seconds by name, against the variant's baseline."""
+    for row in rows:
+        name = row["name"]
+        row |= latency_columns(seconds[name], seconds[baselines[name]], seed)
+
+
+def add_throughput(bench: Bench, modules: dict[str, Module], rows: Sequence[Row]) -> None:
+    """To each row images a second in batches, measured on --images of the images."""
+    options = bench.arguments
+    batches = bench.batches(min(options.batch_size, options.images))
+    seconds = measure_latency(bench, modules, batches)
+    for row in rows:
+        row["throughput"] = len(batches[0]) / float(np.median(seconds[row["name"]]))
 
 
 def mark_fronts(rows: Sequence[Row]) -> None:

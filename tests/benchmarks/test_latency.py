@@ -160,7 +160,7 @@ def test_table_at_batch_1(run):
     }  # fmt: skip
     assert {name: rows[name]["tokens"] for name in expected} == pytest.approx(expected)
     for name in (
-        "Merge(60) in block 3", "Absorb(120) in block 3", "Absorb(60) in block 3, Absorb(50) in block 6",
+        "Merge(60) in block 3", "Absorb(120) in block 3", "Absorb(60) in block 3, Absorb(54) in block 6",
     ):  # fmt: skip
         assert rows[name]["note"].startswith("not measured: ")
     assert {row["group"] for row in rows.values() if "vs_vwt" in row} == {"POMT", "padded"}

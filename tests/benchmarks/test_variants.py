@@ -102,6 +102,18 @@ def test_tokens_are_those_that_enter_the_blocks(small_vit):
     assert [tokens.numel() // tokens.shape[-1] // 2 for tokens in seen] == [51, 51, 41, 41, 21, 21]
 
 
+def test_gmacs_are_those_of_the_layers(small_vit):
+    """Of the projection, twelve products of the width and two of the tokens a block, and the head."""
+    images, tokens = torch.randn(2, 3, 160, 160), 101
+    width, classes = small_vit.embed_dim, small_vit.num_classes
+    hidden = small_vit.blocks[0].mlp.fc1.out_features
+    block = tokens * width * (4 * width + 2 * hidden) + 2 * tokens**2 * width
+    expected = 100 * width * 3 * 16**2 + len(small_vit.blocks) * block + width * classes
+    assert variants.mean_gmacs(small_vit, images) == pytest.approx(expected / 1e9)
+    fewer = variants.mean_gmacs(vwt.VWTokenizer(small_vit, vwt.IntraImage(0.5)), images)
+    assert 0.4 < fewer / variants.mean_gmacs(small_vit, images) < 0.6
+
+
 def test_int8_by_torchao(small_vit):
     pytest.importorskip("torchao", exc_type=ImportError)  # which it also raises beside a torch that is too old for it
     low, images = peers.quantised.in_int8(small_vit), torch.randn(4, 3, 160, 160)
