@@ -25,6 +25,24 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> Assi
         removed: R patches that merge into others, at most m - 1.
         prefix: P tokens that come before the patches, and take no part.
     """
+    similarity, distance = isolation(received, patches)
+    order = (received.square() * distance).sort(dim=1, descending=True).indices  # as by received · √distance
+    kept = order[:, : order.shape[1] - removed]
+    own = numbers(kept.shape[1], kept.device).expand(kept.shape)
+    target = select(similarity, kept).max(dim=1).indices.scatter(1, kept, own)
+    return Assignment(target, kept.shape[1], prefix, kept)
+
+
+def isolation(received: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """How similar patches are, and how far each is from the most similar one that receives more attention.
+
+    Args:
+        received: see `absorb`.
+        patches: see `absorb`.
+
+    Returns:
+        Similarity (B, m, m), the correlation times C; distance (B, m), C less the similarity, C if none receives more.
+    """
     width = patches.shape[-1]
     with without_autocast(patches.device):
         unit = F.layer_norm(patches.float(), (width,), eps=1e-12)
@@ -32,11 +50,7 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> Assi
     more = received[:, None] > received[..., None]
     # A copy of a patch that receives more keeps a little of its score, so that copies are ranked by attention.
     distance = (width - torch.where(more, similarity, 0.0).amax(dim=-1)).clamp(min=1e-3 * width)
-    order = (received.square() * distance).sort(dim=1, descending=True).indices  # as by received · √distance
-    kept = order[:, : order.shape[1] - removed]
-    own = numbers(kept.shape[1], kept.device).expand(kept.shape)
-    target = select(similarity, kept).max(dim=1).indices.scatter(1, kept, own)
-    return Assignment(target, kept.shape[1], prefix, kept)
+    return similarity, distance
 
 
 class Absorb(Reduction):
