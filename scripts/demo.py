@@ -276,12 +276,12 @@ def mean_tokens(module: Any, images: Tensor) -> float:
 
 def print_table(entries: Sequence[Entry], rows: Sequence[Row], trained: bool) -> None:
     """Agreement and milliseconds, the methods of one budget below each other, the best of them marked."""
-    print(f"\n{'':46}{'same class':>12}{'KL, nats':>10}" if trained else f"\n{'':46}", end="")
-    print(f"{'ms':>8}{'of the model':>14}")
+    head = f"{'same class':>18}{'KL, nats':>10}" if trained else f"{'':8}"
+    print(f"\n{head}{'ms':>8}{'of the model':>14}")
 
     def line(row: Row, mark: str = "") -> None:
-        figures = f"{100 * row.agreement:>10.1f} %{row.kl:>10.3f}" if trained else ""
-        print(f"{row.name[:45]:46}{figures}{row.milliseconds:>8.1f}{row.ratio:>14.2f}{mark}")
+        figures = f"{100 * row.agreement:>8.1f} %{row.kl:>10.3f}" if trained else ""
+        print(f"{mark:8}{figures}{row.milliseconds:>8.1f}{row.ratio:>14.2f}  {row.name}")
 
     line(rows[0])
     for budget in BUDGETS:
@@ -289,7 +289,7 @@ def print_table(entries: Sequence[Entry], rows: Sequence[Row], trained: bool) ->
         best = min(own, key=lambda row: row.kl)
         print(f"at about {budget:g} of its latency")
         for row in sorted(own, key=lambda row: row.kl):
-            line(row, "  <- best" if trained and row is best else "")
+            line(row, "best ->" if trained and row is best else "")
     print()
 
 

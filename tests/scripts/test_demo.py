@@ -46,10 +46,10 @@ def test_without_photographs_and_weights(small, capsys):
     assert "no photographs at VWT_SHARED; these are crops of scikit-learn's two photographs" in err
     assert "the hub is out of reach" in err
     assert "same class" not in out
-    assert "<- best" not in out
+    assert "best" not in out
     assert "The weights are RANDOM" in out
     for name in ("vwt: ", "ToMe, r = ", "POMT, R = ", "VWT intra-image", "random dropping"):
-        assert len(re.findall(f"^{name}", out, re.MULTILINE)) == 2, name
+        assert len(re.findall(rf"^ +[\d.]+ +[\d.]+  {name}", out, re.MULTILINE)) == 2, name
     assert out.splitlines()[-1] == str(small / "demo" / "report.html")
     assert err.splitlines()[-1] == "next: open it in a browser"
     assert "ToMe, r = " in (small / "demo" / "report.html").read_text(encoding="utf-8")
@@ -70,10 +70,10 @@ def test_the_best_of_each_budget_is_marked(capsys):
     rows += [Row(one.name, "ToMe", 8.0, 0.8, kl, 0.9) for one, kl in zip(entries, (0.2, 0.1, 0.3), strict=True)]
     demo.print_table(entries, rows, trained=True)
     lines = capsys.readouterr().out.strip("\n").splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == [
+    assert [line.split("  ")[-1] for line in lines[1:]] == [
         "the model itself", "at about 0.8 of its latency", "better", "worse", "at about 0.7 of its latency", "alone",
     ]  # fmt: skip
-    assert [line.endswith("<- best") for line in lines[1:]] == [False, False, True, False, False, True]
+    assert [line.startswith("best ->") for line in lines[1:]] == [False, False, True, False, False, True]
     assert lines[0].split() == ["same", "class", "KL,", "nats", "ms", "of", "the", "model"]
 
 

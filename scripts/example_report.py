@@ -1,0 +1,70 @@
+"""The example report of the docs: what docs/fidelity.json records of ViT-Tiny, and crops of scikit-learn's photographs.
+
+The parts of a forward are timed when the report is made; all other latencies are the recorded ones.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from demo import MODEL, ROOT, make_crops
+
+import vwt
+from vwt.cli import Parser
+from vwt.errors import VWTError
+from vwt.models.create import create_model
+from vwt.pictures.report.front import read_peers
+from vwt.pictures.report.report import check_report, write_report
+from vwt.tuning.plan import Plan, Point, front_of
+from vwt.tuning.profile import LatencyProfile
+
+RECORDED = ROOT / "docs" / "fidelity.json"
+CHOSEN, GOAL = "Absorb(120) in block 5", {"ratio": 0.8}
+MILLISECONDS = 19.0  # of the model itself, where that was recorded; see docs/benchmarks.md
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report."""
+    parser = Parser(prog="example_report", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
+    parser.add_argument("--out", default=str(ROOT / "docs" / "_static" / "example_report.html"), help="NAME.html")
+    arguments = parser.parse_args(argv)
+    try:
+        check_report(arguments.out)
+        model = create_model(MODEL, arguments.checkpoint)
+        plan = make_plan(LatencyProfile.identify(model))
+        others = [row for row in read_peers(RECORDED, plan) if row.method != "schedule"]
+        with TemporaryDirectory() as folder:
+            crops = make_crops(Path(folder))
+            write_report(arguments.out, plan, model, crops, others=others, command="python scripts/example_report.py")
+    except VWTError as error:
+        print(f"example_report: {error}", file=sys.stderr)
+        return 2
+    print(arguments.out)
+    return 0
+
+
+def make_plan(own: dict[str, Any]) -> Plan:
+    """The recorded schedules as a plan of a model, of which `LatencyProfile.identify` is given."""
+    rows = json.loads(RECORDED.read_text(encoding="utf-8"))["tables"]["fidelity"]
+    points = {row["name"]: make_point(row) for row in rows if row["group"] == "schedule"}
+    machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
+    itself = Point(None, vwt.PruningSchedule({}), MILLISECONDS, 1.0, 0.0, 1.0)
+    return Plan(own["model"], 1, own["dtype"], machine, GOAL, points[CHOSEN], front_of([itself, *points.values()]))
+
+
+def make_point(row: dict[str, Any]) -> Point:
+    """A row as a point; its name is that of its schedule, `Absorb(98) in block 3`."""
+    reductions = re.findall(r"Absorb\((\d+)\) in block (\d+)", row["name"])
+    schedule = vwt.PruningSchedule({int(block): vwt.Absorb(int(count)) for count, block in reductions})
+    ratio = row["ratio"]
+    return Point(None, schedule, ratio * MILLISECONDS, ratio, row["kl"], row["agreement"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+import example_report
+
+import vwt
+from vwt import Plan
+from vwt.pictures.report.front import read_peers
+
+OWN = {"model": example_report.MODEL, "dtype": "float32", "device": "cpu", "cpu": "abacus", "threads": 2}
+
+
+def test_the_plan_is_what_was_recorded(tmp_path):
+    plan = example_report.make_plan(OWN | {"torch": "2", "timm": "1"})
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.chosen.schedule == vwt.PruningSchedule({5: vwt.Absorb(120)})
+    assert (plan.chosen.ratio, plan.chosen.kl, plan.chosen.agreement) == (0.8, 0.03, 0.95)
+    assert plan.chosen in plan.front
+    assert {row.method for row in read_peers(example_report.RECORDED, plan)} > {"ToMe", "POMT", "random drop"}
+
+
+def test_an_error_is_one_line(capsys, tmp_path):
+    assert example_report.main(["--out", str(tmp_path / "absent" / "report.html")]) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("example_report: cannot write the report")
+    assert err.count("\n") == 1
