@@ -19,7 +19,6 @@ from vwt.export import exporting
 from vwt.export.exporting import Parity, check_target, export
 from vwt.export.formats import FORMATS, write_onnx
 from vwt.export.runtimes import Answer, check_runtime
-from vwt.tuning.calibration import load_images
 from vwt.tuning.plan import Point
 from vwt.tuning.profile import LatencyProfile
 
@@ -38,21 +37,6 @@ def need(suffix, precision="float32"):
         check_runtime(FORMATS[suffix].runtime, precision)
     except ArgumentError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def fast(small_vit):
-    return VWTokenizer(small_vit, Neighbours(0.2), MIXED)
-
-
-@pytest.fixture
-def images():
-    return torch.randn(64, 3, 160, 160, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="session")
-def photographs(shared, vit_tiny):
-    return load_images(shared / "eval", vit_tiny, 64, progress=False)
 
 
 def make_plan(small_vit, /, batch_size=1, **changes):

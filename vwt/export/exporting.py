@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vwt.errors import ArgumentError, ExportError
 from vwt.export.formats import FORMATS, Format, Run
+from vwt.export.quantising import quantise_onnx
 from vwt.export.runtimes import Answer, check_runtime, written_in
 from vwt.measure.timing import measure_latency
 from vwt.models.spec import PatchSpec
@@ -28,7 +29,8 @@ BATCH = 16  # of them at a time
 KEY = "vwt"  # of the metadata
 # Of the answers: their largest difference in an image, over their standard deviation, in the median of images; and the
 # share of images whose first class may differ. Where two patches are nearly as important, runtimes may keep either.
-TOLERANCE = {"float32": (0.01, 0.02), "bfloat16": (0.5, 0.1)}
+TOLERANCE = {"float32": (0.01, 0.02), "bfloat16": (0.5, 0.1), "int8": (1.0, 0.1)}
+CALIBRATED = 64  # images that an int8 file is calibrated on, beside those that it is checked on
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def export(
     batch_size: int = 1,
     plan: Mapping[str, Any] | None = None,
     tolerance: tuple[float, float] | None = None,
+    int8: bool = False,
     progress: bool = True,
 ) -> Parity:
     """Write a reduced model as ONNX, OpenVINO IR or AOTInductor package, and compare it with itself on real images.
@@ -115,7 +118,9 @@ def export(
         images: (n, C, H, W) normalised for the model, n at least 64.
         batch_size: at which latency is measured.
         plan: as it is written into the metadata.
-        tolerance: see `TOLERANCE`, by default that of the model's precision.
+        tolerance: see `TOLERANCE`, by default that of the file's precision.
+        int8: quantise an ONNX file (see `vwt.export.quantising`), calibrated on the first 64 images and checked on the
+            others, of which there must be as many as without.
         progress: show a progress bar.
 
     Raises:
@@ -132,30 +137,49 @@ def export(
     if fast.training:
         raise ArgumentError("the model is in train mode; call .eval() first")
     fast.backbone.check(images)
-    least = max(LEAST, batch_size)
+    check_int8(int8, kind)
+    least = least_images(batch_size, int8)
     if len(images) < least:
         raise ArgumentError(f"{len(images)} images; an exported model is checked on at least {least}, give more")
     precision = str(images.dtype).removeprefix("torch.")
     check_runtime(kind.runtime, precision, images.device)
     written = written_in(kind.runtime, precision)
-    metadata = {KEY: json.dumps(describe(fast, images, precision, plan))}
-    images, step = images.float(), Steps(3, progress)
+    named = "int8" if int8 else precision
+    metadata = {KEY: json.dumps(describe(fast, images, named, plan))}
+    images, step = images.float(), Steps(4 if int8 else 3, progress)
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
         fresh, whole = Path(folder) / path.name, Path(folder) / f"full{path.suffix}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's exporters, about themselves
             step(f"writing the reduced model for {kind.runtime}")
             kind.write(Answer(fast, written), images, fresh, metadata)
+            if int8:
+                step(f"quantising it, calibrated on {CALIBRATED} images")
+                quantise_onnx(fresh, images[:CALIBRATED])
+                images = images[CALIBRATED:]
             made = sorted(Path(folder).iterdir())
             step("writing the model itself likewise, to compare with")
             kind.write(Answer(fast.model, written), images, whole, None)
         step(f"comparing the answers to {len(images)} images, and timing both")
         parity = _compare(fast, kind, fresh, whole, images, precision, batch_size, progress)
-        parity = replace(parity, path=str(path))
-        _check(parity, tolerance or TOLERANCE[precision])
+        parity = replace(parity, path=str(path), precision=named)
+        _check(parity, tolerance or TOLERANCE[named])
         for file in made:
             os.replace(file, path.parent / file.name)
     return parity
+
+
+def check_int8(int8: bool, kind: Format) -> None:
+    """Raise ArgumentError unless files of a format can be quantised, if they are to be."""
+    if int8 and kind.runtime != "onnxruntime":
+        raise ArgumentError(
+            f"int8 is for onnxruntime, not for {kind.runtime}; name the file NAME.onnx, or leave int8 out"
+        )
+
+
+def least_images(batch_size: int, int8: bool) -> int:
+    """The fewest images with which a model is exported."""
+    return max(LEAST, batch_size) + int8 * CALIBRATED
 
 
 def describe(fast: VWTokenizer, images: Tensor, precision: str, plan: Mapping[str, Any] | None) -> dict[str, Any]:

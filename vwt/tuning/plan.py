@@ -15,7 +15,7 @@ from vwt import hub
 from vwt.codebook.codebook import Codebook
 from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief, first_line
-from vwt.export.exporting import Parity, check_target, export
+from vwt.export.exporting import Parity, check_target, export, least_images
 from vwt.measure.environment import is_machine, other_threads
 from vwt.models.spec import PatchSpec
 from vwt.reductions.reduction import Reduction
@@ -233,6 +233,7 @@ class Plan:
         images: Tensor | str | os.PathLike[str],
         *,
         batch_size: int | None = None,
+        int8: bool = False,
         force: bool = False,
         progress: bool = True,
     ) -> Parity:
@@ -243,6 +244,7 @@ class Plan:
             path: NAME.onnx, NAME.xml or NAME.pt2, for the runtime that the plan was tuned for.
             images: (n, C, H, W) normalised for the model, n at least 64, or a folder of which 128 are drawn.
             batch_size: at which latency is measured; by default that of the plan.
+            int8: see `vwt.export.exporting.export`.
             force: see `apply`.
             progress: show a progress bar.
 
@@ -255,9 +257,9 @@ class Plan:
         self.check(model, check_target(path, batch_size).runtime, force=force)
         fast = self._wrap(model)
         if not isinstance(images, Tensor):
-            images = load_images(images, model, max(CHECKED, batch_size), progress=progress)
+            images = load_images(images, model, max(CHECKED, least_images(batch_size, int8)), progress=progress)
         made = {"goal": self.goal, "machine": self.machine, "chosen": self.chosen.to_json()}
-        return export(fast, path, images, batch_size=batch_size, plan=made, progress=progress)
+        return export(fast, path, images, batch_size=batch_size, plan=made, int8=int8, progress=progress)
 
     def __str__(self) -> str:
         """The front as a table, the slowest first, and the choice."""
