@@ -1,9 +1,9 @@
 """Where the time and memory of a codebook build go, and how its clustering compares with scikit-learn's.
 
     python benchmarks/building.py ../shared/data/words --model MODEL [--checkpoint FILE] [--space pixel] [--memory]
-        [--engines]
+        [--engines] [--many WORDS [--iterations N]]
 
-Four tables, of medians over runs in turn:
+Five tables, the first four of medians over runs in turn:
 
 1. Parts of a build: the whole build, and what decoding and clustering alone take; what is left is hidden or small.
 2. Clustering of all patches in memory: faiss as `vwt build` uses it against `MiniBatchKMeans.fit` with its defaults,
@@ -11,6 +11,8 @@ Four tables, of medians over runs in turn:
 3. With --memory: peak resident memory of the build on the data set, and on the data set read ten times over.
 4. With --engines: images a second of one and two workers, in processes and on Ray, each image counted in both passes;
    from what two more times the data set take longer than it alone, so that the start of workers does not count.
+5. With --many: seconds and peak memory of each iteration of clustering so many words, from 26 synthetic patches a word,
+   192 wide, in a file as a build has it. All else is left out.
 """
 
 import argparse
@@ -37,11 +39,12 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
 from vwt.codebook.building import run_build
-from vwt.codebook.clustering import kmeans
+from vwt.codebook.clustering import kmeans, sample_dtype, subset_sizes
 from vwt.codebook.config import BuildConfig
 from vwt.codebook.engine import Engine
 from vwt.codebook.features import FeatureStream, Unreadable
 from vwt.codebook.matching import nearest_words
+from vwt.codebook.resuming import make_matrix, open_matrix
 from vwt.datasets import ImageSource
 from vwt.measure.environment import hardware
 from vwt.models.create import create_model
@@ -55,6 +58,8 @@ CLUSTERING = {
 }  # fmt: skip
 ENGINES = [Engine("local", 1), Engine("local", 2), Engine("ray", 1), Engine("ray", 2)]
 RATES = {"engine": "", "workers": "d", "images_per_second": ".1f", "start": ".1f"}
+MANY = {"iteration": "d", "patches": "d", "seconds": ".1f", "distance": ".4f", "gigabytes": ".2f"}
+PATCHES_PER_WORD, WIDTH = 26, 192  # of --many
 MEMORY = {"images": "d", "gigabytes": ".2f", "before": ".2f"}
 
 
@@ -68,6 +73,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--space", choices=SPACES, default="embedding")
     parser.add_argument("--memory", action="store_true", help="measure peak memory at 1 and 10 times the images")
     parser.add_argument("--engines", action="store_true", help="measure images a second of one and two workers")
+    parser.add_argument("--many", type=positive, metavar="WORDS", help="measure the clustering of so many words alone")
+    parser.add_argument("--iterations", type=positive, default=BuildConfig().iterations, help="of --many")
     parser.add_argument("--results-file", type=Path, metavar="NAME", help="writes NAME.json and NAME.csv")
     parser.add_argument("--peak-of", nargs=2, metavar=("COPIES", "OUT"), help=argparse.SUPPRESS)
 
@@ -79,6 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
         return print_peak(arguments, model)
     paths = results_paths(arguments.results_file)
     line = f"{hardware(torch.device('cpu'), 'float32')}, faiss {faiss.__version__}"
+    if arguments.many:
+        print(line)
+        rows = measure_many(arguments.many, arguments.iterations)
+        print_table(f"Clustering of {arguments.many} words", rows, MANY)
+        return save_results(paths, {"hardware": line, "arguments": vars(arguments)}, {"many": rows})
     print(f"{line}\n{arguments.model}, {arguments.words} words in {arguments.space} space of {arguments.data}")
     tables = {"parts": measure_parts(arguments, model), "clustering": measure_clustering(arguments, model)}
     print_table("Parts of a build", tables["parts"], PARTS)
@@ -151,6 +163,38 @@ def measure_engines(arguments: argparse.Namespace, model: nn.Module) -> list[Row
         {"engine": engine.kind, "workers": engine.workers, "images_per_second": float(rate), "start": float(start)}
         for engine, (rate, start) in medians.items()
     ]
+
+
+def measure_many(words: int, iterations: int) -> list[Row]:
+    """Seconds of each iteration, the mean distance of some patches after it, and peak memory so far."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        sample = make_patches(Path(scratch, "sample.raw"), words)
+        some = sample[:: max(1, len(sample) // 1000)].astype(np.float32)
+        sizes, begun = subset_sizes(len(sample), words, iterations), time.perf_counter()
+
+        def after(done: int, centres: np.ndarray) -> None:
+            nonlocal begun
+            seconds = time.perf_counter() - begun
+            row = {"iteration": done, "patches": sizes[done - 1], "seconds": seconds}
+            rows.append(row | {"distance": mean_distance(some, centres, True), "gigabytes": peak_gigabytes()})
+            begun = time.perf_counter()
+
+        kmeans(sample, words, iterations=iterations, spherical=True, seed=0, after=after)
+    return rows
+
+
+def make_patches(path: Path, words: int) -> np.ndarray:
+    """Unit rows around as many directions as there are words, in a file that is mapped into memory."""
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((words, WIDTH), np.float32)
+    sample = make_matrix(path, (PATCHES_PER_WORD * words, WIDTH), sample_dtype(words))
+    for start in range(0, len(sample), words):
+        rows = directions[rng.integers(words, size=words)] + 0.7 * rng.standard_normal((words, WIDTH), np.float32)
+        sample[start : start + words] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    sample.flush()
+    del sample  # its pages count to this process
+    return open_matrix(path, (PATCHES_PER_WORD * words, WIDTH), sample_dtype(words))
 
 
 def link_copies(data: str, folder: Path, copies: int) -> str:

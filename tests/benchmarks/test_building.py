@@ -69,3 +69,14 @@ def test_errors_are_one_line(run, options, message):
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("building: ")
     assert message in err
+
+
+def test_clustering_of_many_words(run, monkeypatch):
+    monkeypatch.setattr("vwt.codebook.clustering.APPROXIMATE", 50)
+    status, *_ = run(building.main, [*OPTIONS, "--many", "50", "--iterations", "3", "--results-file", "out"])
+    assert status == 0
+    tables = json.loads(Path("out.json").read_text())["tables"]
+    assert [(row["iteration"], row["patches"]) for row in tables["many"]] == [(1, 800), (2, 800), (3, 1300)]
+    distances = [row["distance"] for row in tables["many"]]
+    assert distances == sorted(distances, reverse=True)
+    assert list(tables) == ["many"]

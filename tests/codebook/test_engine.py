@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -288,6 +289,20 @@ def test_address_where_no_cluster_answers(tmp_path, capsys):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     assert build(tmp_path / "w.zarr", *RAY, "1", "--address", address) == 2
     assert f"no Ray cluster answers at {address}" in capsys.readouterr().err
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("answer", "reason"), [(b"HTTP/1.1 400 Bad", "something else listens there"), (b"", "timed out")]
+)
+def test_address_where_something_else_answers(tmp_path, capsys, monkeypatch, answer, reason):
+    monkeypatch.setattr("vwt.codebook.ray_engine._SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        accepted = pool.submit(lambda: (connection := server.accept()[0], connection.sendall(answer)))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert build(tmp_path / "w.zarr", *RAY, "1", "--address", address) == 2
+        accepted.result()[0].close()
+    assert f"no Ray cluster answers at {address}: {reason}; start one" in capsys.readouterr().err
 
 
 def test_file_system_that_refuses_half_way(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Shards on Ray: actors that each hold the model's projection, on any number of machines."""
 
 import logging
+import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,10 @@ from vwt.errors import ArgumentError, CodebookError, VWTError, first_line
 _RETRIES = 3
 
 _SECONDS = 10.0  # in which a cluster must answer
+
+# How HTTP/2, and with it gRPC, begins (RFC 9113, section 3.4): the server answers with a frame of the same type.
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _SETTINGS
 
 
 def run_ray(work: Any, shards: Sequence[int], workers: int | None, address: str | None, gpus: float) -> Iterator[Done]:
@@ -100,12 +105,16 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
 
 
 def _check_answers(address: str | None) -> None:
-    """Raise CodebookError unless something listens at HOST:PORT; Ray itself waits for minutes."""
+    """Raise CodebookError unless a server of Ray's protocol, gRPC, is at HOST:PORT; Ray itself waits for minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), _SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                connection.sendall(_PREFACE)
+                if connection.recv(len(_SETTINGS))[3:4] != _SETTINGS[3:4]:
+                    raise ConnectionError("something else listens there")
     except OSError as error:
         raise CodebookError(
             f"no Ray cluster answers at {address}: {error.strerror or error}; start one with "
