@@ -126,7 +126,11 @@ def results_paths(name: Path | None) -> list[Path]:
 
 
 def save_results(paths: Sequence[Path], header: Row, tables: dict[str, list[Row]]) -> None:
-    """Write the header and all tables as JSON, and the rows of all tables as CSV; each file whole or not at all."""
+    """Write the header and all tables as JSON, and the rows of all tables as CSV; each file whole or not at all.
+
+    Raises:
+        ArgumentError: if the disk refuses.
+    """
     if not paths:
         return
     rows = [{"table": name, **row} for name, table in tables.items() for row in table]
@@ -136,8 +140,11 @@ def save_results(paths: Sequence[Path], header: Row, tables: dict[str, list[Row]
     writer.writerows(rows)
     content = json.dumps({**header, "tables": tables}, indent=2, default=str) + "\n"
     for path, new in zip(paths, (content, text.getvalue()), strict=True):
-        with replacing(path) as draft:
-            draft.write_text(new, newline="")
+        try:
+            with replacing(path) as draft:
+                draft.write_text(new, newline="")
+        except OSError as error:
+            raise ArgumentError(f"cannot write {path}: {error.strerror}; choose another --results-file") from error
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
