@@ -9,7 +9,7 @@ from hypothesis import settings
 from vwt.models.create import create_model
 
 torch.set_num_threads(1)  # models so small are slower on several, above all where the cores are shared
-settings.register_profile("vwt", deadline=None, derandomize=True)
+settings.register_profile("vwt", deadline=None, derandomize=True, max_examples=30)
 settings.register_profile("random", deadline=None, max_examples=1000, print_blob=True)  # `make test-random`
 settings.register_profile("fresh", deadline=None, print_blob=True)  # `make test-fresh`
 settings.load_profile("vwt")

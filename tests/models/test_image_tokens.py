@@ -18,7 +18,7 @@ def make_words(labels, generator):
     return Words(group, weight, group.amax(1) + 1, (1, labels.shape[1]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 8), st.booleans())
 def test_place_tokens(seed, images, patches, shuffled):
     generator = torch.Generator().manual_seed(seed)
