@@ -65,7 +65,7 @@ JOBS = {
     "while a shard's result is put in its place": (WEIGHTS, "vwt.codebook.store:ShardStore.write"),
     "while making the sample's file": (WEIGHTS, "os.posix_fallocate"),
     "while counting": (WEIGHTS, "vwt.codebook.passes:CountPass.result"),
-    "while saving the codebook": (WEIGHTS, "vwt.codebook.codebook._checksum"),
+    "while saving the codebook": (WEIGHTS, "vwt.codebook.files._checksum"),
     "while clustering a stream": ([*WEIGHTS, "--backend", "sklearn"], "vwt.codebook.clustering:StreamingKMeans.add"),
     "after clustering a stream": ([*WEIGHTS, "--backend", "sklearn"], "os.replace"),
     "in pixel space, without weights": (["--space", "pixel"], "os.replace"),

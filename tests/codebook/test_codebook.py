@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vwt import Codebook
-from vwt.codebook import codebook as codebook_module
+from vwt.codebook import files
 from vwt.errors import ArgumentError, CodebookError, MismatchError
 from vwt.models.spec import PatchSpec
 from vwt.tokens.patches import normalise, patchify
@@ -291,7 +291,7 @@ def test_an_array_that_claims_more_than_is_stored_is_refused_before_it_is_read(
     read = []
     monkeypatch.setattr(zarr.Array, "__getitem__", lambda self, _: read.append(self.name) or np.zeros(1))
     with pytest.raises(CodebookError, match=message):
-        codebook_module._read_array(zarr.open_group(path, mode="r"), array, {}, "w.zarr")
+        files._read_array(zarr.open_group(path, mode="r"), array, {}, "w.zarr")
     assert read == []
 
 

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vwt.codebook.clustering import StreamingKMeans, kmeans, sample_dtype
-from vwt.codebook.codebook import Codebook, check_free
+from vwt.codebook.codebook import Codebook
 from vwt.codebook.config import BuildConfig, BuildReport
 from vwt.codebook.engine import Engine
 from vwt.codebook.features import FeatureStream, Unreadable
+from vwt.codebook.files import check_free
 from vwt.codebook.finishing import along_patches, fill_report, first_of_twins, make_provenance
 from vwt.codebook.passes import (
     SHARD_IMAGES,
