@@ -131,8 +131,9 @@ def comparators(bench: Bench) -> Iterator[Variant]:
     for removed in PRUNED:
         name, same_as = f"POMT R {removed} in block 3", schedule_name(PruningSchedule({3: Prune(removed)}))
         yield Variant(name, POMT, partial(peers.PruneOneMoreToken, model, {3: removed}), same_as=same_as)
-    for gmacs in peers.diffrate.DEIT_TINY:
-        name = f"DiffRate, rates of DeiT-Tiny at {gmacs} GMACs"
+    deit = peers.diffrate.nearest(int(getattr(model, "embed_dim", 0)))
+    for gmacs in peers.diffrate.DEIT[deit]:
+        name = f"DiffRate, rates of {deit} at {gmacs} GMACs"
         yield Variant(name, DIFFRATE, partial(peers.DiffRate.published, model, gmacs))
     for removed in (30, 50):
         thrice = dict.fromkeys((3, 6, 9), removed)

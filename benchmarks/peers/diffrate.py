@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from peers._peer import Attended, Peer, check_model, select
 from vwt.errors import ArgumentError
 
-# Tokens that pruning and then merging leave in each of DeiT-Tiny's blocks, class token included, by GMACs; as published
-# beside the paper's code. 0 is the first block.
+# Tokens that pruning and then merging leave in each block of DeiT, class token included, by GMACs; as published beside
+# the paper's code. 0 is the first block.
 DEIT_TINY = {
     "0.8": (
         (197, 197, 196, 186, 166, 147, 117, 103, 92, 80, 74, 3),
@@ -26,6 +26,26 @@ DEIT_TINY = {
         (197, 197, 196, 190, 186, 154, 148, 156, 145, 135, 125, 21),
     ),
 }
+DEIT_SMALL = {
+    "2.3": (
+        (197, 192, 168, 143, 121, 105, 92, 74, 62, 45, 33, 3),
+        (197, 180, 156, 127, 109, 98, 80, 66, 52, 37, 31, 3),
+    ),
+    "2.9": (
+        (197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3),
+        (197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3),
+    ),
+    "3.1": (
+        (197, 197, 194, 180, 160, 147, 137, 129, 115, 92, 76, 3),
+        (197, 196, 186, 164, 150, 141, 133, 121, 103, 78, 68, 3),
+    ),
+}
+DEIT = {"DeiT-Tiny": DEIT_TINY, "DeiT-Small": DEIT_SMALL}
+
+
+def nearest(width: int) -> str:
+    """The DeiT whose rates suit a model of so many channels."""
+    return "DeiT-Small" if width >= 384 else "DeiT-Tiny"
 
 
 class DiffRate(Peer):
@@ -46,13 +66,13 @@ class DiffRate(Peer):
 
     @classmethod
     def published(cls, model: Any, gmacs: str) -> "DiffRate":
-        """With the rates of `DEIT_TINY`.
+        """With the rates of `DEIT`.
 
         Raises:
             ArgumentError: for a model of another number of blocks or tokens.
         """
         check_model(model)
-        pruning, merging = DEIT_TINY[gmacs]
+        pruning, merging = (DEIT_TINY | DEIT_SMALL)[gmacs]
         count, removed, pruned = pruning[0], {}, {}
         blocks, tokens = len(model.blocks), 1 + model.patch_embed.num_patches
         if (blocks, tokens) != (len(pruning), count):
