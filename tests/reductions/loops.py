@@ -109,7 +109,7 @@ def slow_key_size(groups, key_size, total, prefix, operation):
     After absorbing, by what it stands for, whatever came before.
     """
     if operation is Absorb:
-        return [1 + 0.75 * (size - 1) for size in total]
+        return [1 + 0.7 * (size - 1) for size in total]
     new = key_size[:prefix] + [sum(key_size[prefix + patch] for patch in group) for group in groups]
     if operation is Prune and len(groups[-1]) > 1:
         new[-1] = 1

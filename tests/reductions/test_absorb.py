@@ -93,7 +93,7 @@ def test_known_answers_of_what_absorbs():
     mean = [(2 * 2 * 1 + 3 * 6) / 7, (2 * 2 * 1 + 3 * 6) / 7, -4.0, -4.0]
     torch.testing.assert_close(fewer, torch.tensor([[mean, patches[0, 2].tolist()]]))
     assert total.tolist() == [[5.0, 5.0]]
-    torch.testing.assert_close(Absorb.key_size(assignment, None, None, total), torch.tensor([[4.0, 4.0]]))
+    torch.testing.assert_close(Absorb.key_size(assignment, None, None, total), torch.tensor([[3.8, 3.8]]))
 
 
 @given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5))
@@ -249,7 +249,7 @@ def test_absorbing_between_halves(patches, amount, prefix, sized):
         expected, sums = slow_apply(groups, tokens, size.tolist(), prefix, Absorb)
         torch.testing.assert_close(found, expected, **CLOSE)
         assert total.tolist() == sums
-        torch.testing.assert_close(key_size, 1 + 0.75 * (total - 1))
+        torch.testing.assert_close(key_size, 1 + 0.7 * (total - 1))
 
 
 @torch.inference_mode()
