@@ -55,7 +55,7 @@ def make_plan(own: dict[str, Any]) -> Plan:
     points = {row["name"]: make_point(row) for row in rows if row["group"] == "schedule"}
     machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
     itself = Point(None, vwt.PruningSchedule({}), MILLISECONDS, 1.0, 0.0, 1.0)
-    return Plan(own["model"], 1, own["dtype"], machine, GOAL, points[CHOSEN], front_of([itself, *points.values()]))
+    return Plan(own["model"], 1, own["precision"], machine, GOAL, points[CHOSEN], front_of([itself, *points.values()]))
 
 
 def make_point(row: dict[str, Any]) -> Point:

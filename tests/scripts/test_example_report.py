@@ -1,14 +1,12 @@
 import example_report
 
 import vwt
-from vwt import Plan
+from vwt import LatencyProfile, Plan
 from vwt.pictures.report.front import read_peers
 
-OWN = {"model": example_report.MODEL, "dtype": "float32", "device": "cpu", "cpu": "abacus", "threads": 2}
 
-
-def test_the_plan_is_what_was_recorded(tmp_path):
-    plan = example_report.make_plan(OWN | {"torch": "2", "timm": "1"})
+def test_the_plan_is_what_was_recorded(tmp_path, small_vit):
+    plan = example_report.make_plan(LatencyProfile.identify(small_vit) | {"model": example_report.MODEL})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert plan.chosen.schedule == vwt.PruningSchedule({5: vwt.Absorb(120)})

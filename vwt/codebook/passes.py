@@ -52,7 +52,7 @@ class Pass:
     """What both passes have in common.
 
     Attributes:
-        name: at the progress bar, and of the results' folder.
+        name: of the results' folder.
         features: of the images.
         store: where results go.
         shard_images: images a shard.

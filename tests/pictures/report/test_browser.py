@@ -165,5 +165,7 @@ def test_it_reads_without_scripts_and_in_print(open_page, tmp_path):
     page = open_page(scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert not page.locator(".slider").is_visible()
+    assert not any(page.locator(what).is_visible() for what in (".slider", ".switch", "nav", "button"))
+    over = page.locator("article td").evaluate_all("cells => cells.map(cell => cell.scrollWidth - cell.clientWidth)")
+    assert max(over) <= 0  # figures are not wrapped, and fit
     assert page.pdf(path=tmp_path / "out.pdf", format="A4", print_background=True).startswith(b"%PDF")
