@@ -45,6 +45,10 @@ SCHEDULES = [
         PruningSchedule({3: Absorb(first), 6: Absorb(second)})
         for first, second in ((30, 21), (35, 35), (40, 42), (55, 53), (60, 54), (60, 76), (60, 92))
     ),
+    *(  # and in three: 153, 138 and 119
+        PruningSchedule({3: Absorb(first), 5: Absorb(second), 7: Absorb(third)})
+        for first, second, third in ((28, 28, 34), (38, 38, 44), (50, 50, 60))
+    ),
 ]
 
 
