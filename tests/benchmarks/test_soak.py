@@ -1,5 +1,6 @@
 """The soak's checks, on a few calls."""
 
+import platform
 import random
 from functools import partial
 
@@ -67,6 +68,17 @@ def test_the_report(report):
     assert "2 callers, 10 minutes, 3 builds beside" in out
     assert "resident 4.0 MiB after minute 5.0, 4.0 MiB at the end (+0.0 %), at most 4.0 MiB" in out
     assert "page faults a second: 1 minor, 0.00 major" in out
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are asked otherwise")
+def test_memory_that_is_free_is_not_counted():
+    before = soak.resident()
+    kept = [bytearray(10_000) for _ in range(10_000)]
+    last = bytearray(10_000)  # without which the heap would shrink by itself
+    assert soak.resident() > before + (80 << 20)
+    del kept
+    assert soak.resident() < before + (20 << 20)
+    assert last
 
 
 def test_memory_that_grows_is_refused(report):
