@@ -45,7 +45,8 @@ class Packed:
     def __post_init__(self) -> None:
         # Stored, so that compiled code can ask without being compiled again for other lengths.
         self.images = count_images(self.lengths)
-        self.is_dense = type(self.lengths) is Equal or len(set(self.lengths)) <= 1
+        # Compared one by one: a set of lengths would be a guard on each of them.
+        self.is_dense = type(self.lengths) is Equal or all(length == self.lengths[0] for length in self.lengths)
 
     @property
     def offsets(self) -> Tensor:
