@@ -141,7 +141,9 @@ def test_ended_at_any_moment(tmp_path, name):
     status, err, whole = found["whole"]
     assert status == 0, err
     for status, err, left in found["ended"]:
-        assert status in (0, 130, -signal.SIGKILL), err
+        # What reads weights may report an interrupt as an error of its own, which is one line all the same.
+        assert status in (0, 2, 130, -signal.SIGKILL), err
+        assert status != 2 or err.count("\n") == 1, err
         assert "Traceback" not in err
         if status == 130:
             assert re.search(r"interrupted(; .*)?\n\Z", err), err
