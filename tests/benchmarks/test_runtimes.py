@@ -11,6 +11,7 @@ import torch
 from harness import Bench
 from runtimes import FULL, Limit, Measured, open_here, runtime_and_precisions, time_here
 
+from tests.export.cases import needs_tracing
 from vwt.errors import ModelError
 
 TINY = ["--model", "test_vit", "--random-weights", "--data", "images", "--images", "2", "--runs", "1", "--quiet"]
@@ -79,7 +80,7 @@ def test_all_variants_and_limits_answer(folder):
 @pytest.mark.parametrize(
     ("runtime", "precision", "reason"),
     [
-        ("onnxruntime", "bfloat16", "onnxruntime has no bfloat16 on a CPU"),
+        pytest.param("onnxruntime", "bfloat16", "onnxruntime has no bfloat16 on a CPU", marks=needs_tracing),
         ("torch", "bfloat16", "this CPU has no instructions for bfloat16"),
     ],
 )
