@@ -205,7 +205,7 @@ class Backbone:
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, n, D) through the norm before the blocks, the blocks and the norm after them."""
-        return self.family.final_norm(self._run(self.blocks, None, None, self.family.pre_norm(tokens), None))
+        return self.family.final_norm(self._run(self.blocks, self.family.pre_norm(tokens)))
 
     def encode_packed(self, packed: Packed, reductions: Mapping[int, Reduction] = NOTHING) -> tuple[Packed, list[Step]]:
         """The same for packed sequences of any number of tokens; every image as if alone.
@@ -246,11 +246,12 @@ class Backbone:
         one_by_one = self._one_by_one(packed)
         first: Half | None = None  # the rest of a block whose tokens became fewer: it runs with the blocks that follow
         for index in sorted(index for index in reductions if start <= index < len(blocks)):
-            packed = run_blocks(partial(self._run, blocks[start:index], first, None), packed, one_by_one=one_by_one)
+            packed = run_blocks(partial(self._run, blocks[start:index], before=first), packed, one_by_one=one_by_one)
             packed, step, first = self._reduce_in(blocks[index], packed, reductions[index], one_by_one)
             steps.append(step)
             start = index + 1
-        return run_blocks(partial(self._run, blocks[start:], first, then), packed, one_by_one=one_by_one), steps
+        rest = partial(self._run, blocks[start:], before=first, after=then)
+        return run_blocks(rest, packed, one_by_one=one_by_one), steps
 
     def _reduce_in(
         self, block: Any, packed: Packed, reduction: Reduction, one_by_one: bool
@@ -280,7 +281,7 @@ class Backbone:
         """Tokens through block `index` and `leave`, and then reduced by what the block's attention says of them."""
 
         def whole(tokens: Tensor, inputs: BlockInputs | None) -> Tensor:
-            return leave(self._run([self.blocks[index]], None, None, tokens, inputs))
+            return leave(self._run([self.blocks[index]], tokens, inputs))
 
         return reduce_after(whole, packed, reduction, self.prefix, one_by_one=self._one_by_one(packed))
 
@@ -293,10 +294,10 @@ class Backbone:
     def _run(
         self,
         blocks: list[Any],
-        before: Half | None,
-        after: Half | None,
         tokens: Tensor,
-        inputs: BlockInputs | None,
+        inputs: BlockInputs | None = None,
+        before: Half | None = None,
+        after: Half | None = None,
     ) -> Tensor:
         """Tokens (B, n, D) through blocks, with what these are given beside them, and halves before and after."""
         if before is not None:

@@ -12,8 +12,7 @@ _OF_MODULES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_
 
 def has_hooks(block: nn.Module) -> bool:
     """Whether anything was registered that is called with the block."""
-    own: Any = block
-    return bool(own._forward_pre_hooks or own._forward_hooks or own._backward_pre_hooks or own._backward_hooks)
+    return any(getattr(block, name) for name in _OF_MODULES)
 
 
 def with_hooks(block: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
