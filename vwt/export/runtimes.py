@@ -43,13 +43,22 @@ class Answer(nn.Module):
         if self.family.parent is not None:
             raise ModelError(f"{type(model).__name__} is a model of images and text; take its vision tower")
         self.dtype = getattr(torch, precision)
-        same = next(model.parameters()).dtype == self.dtype
-        self.model = model if same else copy.deepcopy(model).to(self.dtype)
+        self.model = in_precision(model, precision)
         self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         """See above."""
         return self.family.vectors(self.model(images.to(self.dtype))).float()
+
+
+def precision_of(model: nn.Module) -> str:
+    """Of its weights: "float32"."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """The model, or a copy with weights of this precision."""
+    return model if precision_of(model) == precision else copy.deepcopy(model).to(getattr(torch, precision))
 
 
 def can_trace() -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vwt.export.runtimes import run_in, run_module, written_in
+from vwt.export.runtimes import in_precision, precision_of, run_in, run_module, written_in
 from vwt.measure.timing import Calls, interleave
 from vwt.models.backbone import Backbone
 from vwt.models.checking import check_parts
@@ -20,7 +20,6 @@ from vwt.tokenizer import VWTokenizer
 from vwt.tokens.attention import run_blocks
 from vwt.tokens.packing import Packed
 from vwt.tokens.tensors import equal_lengths
-from vwt.tuning.where import in_precision, precision_of
 
 CHECKS = 8  # forwards on which predictions are checked, and from which nothing is fitted
 FITTED, FITTED_ELSEWHERE = 30, 6  # others, from which what reductions cost is fitted: in torch, and where each is built

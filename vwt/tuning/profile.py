@@ -20,7 +20,7 @@ from torch import nn
 from vwt import hub
 from vwt.documents import is_number, load_document, save_document
 from vwt.errors import ArgumentError, DocumentError, MismatchError, brief
-from vwt.export.runtimes import runtime_version
+from vwt.export.runtimes import precision_of, runtime_version
 from vwt.measure.environment import describe_machine, is_machine, other_threads
 from vwt.models.backbone import NOTHING, Backbone
 from vwt.models.spec import PatchSpec
@@ -29,7 +29,7 @@ from vwt.reductions.kinds import KINDS
 from vwt.reductions.merge import Merge
 from vwt.reductions.reduction import Reduction, patches_entering
 from vwt.tuning.parts import Parts
-from vwt.tuning.where import check_where, name_runtime, place, precision_of
+from vwt.tuning.where import check_where, name_runtime, place
 
 VERSION = 2  # 1 knew other reductions
 

@@ -138,11 +138,9 @@ def tune(
     search = Search(profile, options, notes_, progress=progress)
     bench = _Bench(profile, model, made, images, seed, progress)
     points = _search_front(search, goal, bench, step)
-    front = front_of(points)
-    found = profile.precision, profile.machine, goal, choose(points, goal), front, runtime
-    plan = Plan(profile.model, batch_size, *found)
+    chosen, front = choose(points, goal), front_of(points)
     notes_.remove()
-    return plan
+    return Plan(profile.model, batch_size, profile.precision, profile.machine, goal, chosen, front, runtime)
 
 
 def _check_kind(backbone: Backbone, images: object, prompts: object) -> None:

@@ -7,17 +7,7 @@ import torch
 from torch import nn
 
 from vwt.errors import ArgumentError, DocumentError, brief
-from vwt.export.runtimes import RUNTIMES, TORCH_PRECISIONS, check_runtime
-
-
-def precision_of(model: nn.Module) -> str:
-    """Of its weights: "float32"."""
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def in_precision(model: nn.Module, precision: str) -> nn.Module:
-    """The model, or a copy with weights of this precision."""
-    return model if precision_of(model) == precision else copy.deepcopy(model).to(getattr(torch, precision))
+from vwt.export.runtimes import RUNTIMES, TORCH_PRECISIONS, check_runtime, in_precision, precision_of
 
 
 def place(model: nn.Module, device: torch.device | str | None, runtime: str, precision: str | None) -> nn.Module:
