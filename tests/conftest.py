@@ -14,13 +14,14 @@ settings.register_profile("random", deadline=None, max_examples=1000, print_blob
 settings.register_profile("fresh", deadline=None, print_blob=True)  # `make test-fresh`
 settings.load_profile("vwt")
 
+ROOT = Path(__file__).parents[1]
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
 @pytest.fixture(scope="session")
 def shared():
     """The folder of real weights, photographs and recorded outputs."""
-    default = Path(__file__).parents[1] / ".." / "shared" / "data"
+    default = ROOT / ".." / "shared" / "data"
     path = Path(os.environ.get("VWT_SHARED") or default).resolve()
     if not path.is_dir():
         pytest.skip(f"no shared data at {path}; set VWT_SHARED")
@@ -34,6 +35,14 @@ def vit_tiny(shared):
     if not checkpoint.is_file():
         pytest.skip(f"no weights at {checkpoint}")
     return create_model(TINY, checkpoint)
+
+
+@pytest.fixture
+def in_folder(folder, monkeypatch):
+    """The fixture `folder` of the module is the current one; builds are of one time, and their processes find vwt."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture

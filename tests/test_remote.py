@@ -20,7 +20,7 @@ from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, DataError
 from vwt.remote import RemoteReader
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("in_folder")
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,6 @@ def folder(tmp_path_factory):
         for source in ("images", "images.tar"):
             assert build(source, Path(f"{source}.zarr")) == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def here(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from vwt.codebook.passes import Done, SamplePass
 from vwt.codebook.store import ShardStore
 from vwt.errors import ArgumentError, CodebookError, DataError
 
+pytestmark = pytest.mark.usefixtures("in_folder")
 needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
-ROOT = Path(__file__).parents[2]
 COMMON = ["images", "--model", "test_vit", "--checkpoint", "weights.safetensors", "--words", "16", "--iterations", "2"]
 RAY = ["--engine", "ray", "--num-workers"]
 
@@ -46,13 +46,6 @@ def folder(tmp_path_factory):
         patch.setenv("SOURCE_DATE_EPOCH", "0")
         assert main(["build", *COMMON, "--quiet", "--out", "whole.zarr"]) == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def here(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def build(out, *arguments):
@@ -136,10 +129,10 @@ sys.meta_path.insert(0, Slow())
 
 
 @pytest.fixture
-def many_shards(monkeypatch, tmp_path):
+def many_shards(in_folder, monkeypatch, tmp_path):
     """Small shards, and images that take their time, in child processes too."""
     (tmp_path / "sitecustomize.py").write_text(SLOW)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
 
 def workers_of(process):
@@ -238,8 +231,7 @@ class Failing:
         pytest.param(Engine("ray", 1), marks=[needs_ray, pytest.mark.slow]),
     ],
 )
-def test_errors_of_workers_are_those_of_one_process(engine, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_errors_of_workers_are_those_of_one_process(engine):
     with pytest.raises(DataError, match=r"\Ashard 3 is bad\Z"):
         list(engine.run(Failing(dies=False), [3]))
 

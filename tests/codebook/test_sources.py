@@ -4,7 +4,6 @@ import importlib.util
 import io
 import pickle
 import tarfile
-from pathlib import Path
 
 import pytest
 import timm
@@ -18,7 +17,7 @@ from vwt.codebook.building import run_build
 from vwt.codebook.config import BuildConfig
 from vwt.codebook.engine import Engine
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("in_folder")
 needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
 needs_datasets = pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="needs the package datasets")
 needs_webdataset = pytest.mark.skipif(not importlib.util.find_spec("webdataset"), reason="needs the package webdataset")
@@ -55,10 +54,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def here(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def shards(monkeypatch):
     monkeypatch.setattr(building, "SHARD_IMAGES", 5)
 
 
