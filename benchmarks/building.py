@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import faiss
-import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from results import Row, print_table, results_paths, save_results
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
+from vwt.cli import run_script
 from vwt.codebook.building import run_build
 from vwt.codebook.clustering import kmeans, sample_dtype, subset_sizes
 from vwt.codebook.config import BuildConfig
@@ -79,6 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak-of", nargs=2, metavar=("COPIES", "OUT"), help=argparse.SUPPRESS)
 
 
+@torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
     model = create_model(arguments.model, arguments.checkpoint, weights=not arguments.random_weights)
@@ -251,7 +252,7 @@ def peak_gigabytes() -> float:
     return 1024 * kilobytes / 1e9
 
 
-main = partial(harness.main, "building", __doc__, add_options, run)
+main = partial(run_script, "building", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,10 +14,10 @@ from typing import Any
 
 import energy
 import fidelity
-import harness
 import latency
 from results import plot
 
+from vwt.cli import run_script
 from vwt.errors import ArgumentError
 from vwt.pictures.figures import check_picture
 
@@ -60,7 +60,7 @@ def read_results(path: Path) -> tuple[str, dict[str, Any]]:
         raise ArgumentError(f"{path} holds no results of a benchmark; give what --results-file wrote") from error
 
 
-main = partial(harness.main, "draw", __doc__, add_options, run)
+main = partial(run_script, "draw", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

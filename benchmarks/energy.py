@@ -41,6 +41,7 @@ from torch import Tensor
 from variants import Module, Variant, build, choose, mean_tokens, registry
 
 import vwt
+from vwt.cli import run_script
 from vwt.energy.meter import Energy, EnergyMeter
 from vwt.energy.sensors import POWERCAP, Missing, Sensor, estimator, find_sensors
 from vwt.errors import ArgumentError
@@ -81,6 +82,7 @@ def seconds(text: str) -> float:
     return value
 
 
+@torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
     meter = EnergyMeter(choose_sensors(arguments))
@@ -230,7 +232,7 @@ def measure_window(
 
 
 KEPT = "with --results-file, the windows that were finished are kept, and the same command goes on with the others"
-main = partial(harness.main, "energy", __doc__, add_options, run, if_interrupted=KEPT)
+main = partial(run_script, "energy", __doc__, add_options, run, if_interrupted=KEPT)
 
 if __name__ == "__main__":
     sys.exit(main())

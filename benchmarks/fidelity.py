@@ -29,11 +29,11 @@ others, and the interval of their difference, image by image; a second table has
 """
 
 import argparse
+import dataclasses
 import hashlib
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +60,7 @@ from variants import FULL, OURS, PEERS, Module, build, choose, mean_gmacs, mean_
 
 import vwt
 from vwt import InterImage
+from vwt.cli import run_script
 from vwt.datasets import Batch, ImageSource
 from vwt.errors import ArgumentError, DataError
 from vwt.measure.timing import on_batches
@@ -87,13 +88,11 @@ OVER_TOKENS = Panel(
     labels=("tokens an image, mean over blocks", KL[1]),
     front=True,
 )
-OVER_LATENCY = Panel(
+OVER_LATENCY = dataclasses.replace(
+    OVER_TOKENS,
     title="Over latency: the lower left is best",
     x="ratio",
-    y="kl",
-    ends=KL[0],
     labels=("latency at batch 1, ratio to the full model", KL[1]),
-    front=True,
 )
 
 
@@ -110,6 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
 
 
+@torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
     if arguments.workers < 0:
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Images:
     """What fidelity is measured on.
 
@@ -254,7 +254,7 @@ def scores_name(bench: Bench, modules: dict[str, Module], images: Images) -> str
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """What v variants, the full model first, do to each of n images.
 
@@ -428,7 +428,7 @@ def equal_kl(rows: Sequence[Row], scores: Scores, seconds: dict[str, np.ndarray]
 
 
 KEPT = "the same command goes on with what is kept in --cache"
-main = partial(harness.main, "fidelity", __doc__, add_options, run, if_interrupted=KEPT)
+main = partial(run_script, "fidelity", __doc__, add_options, run, if_interrupted=KEPT)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,6 @@
 """What the benchmarks share: options, how a run begins and ends, model, images, codebooks, interleaved timing."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,12 +12,11 @@ import torch
 from results import Row, results_paths
 from torch import Tensor, nn
 
-from vwt.cli import Parser
 from vwt.codebook.building import run_build
 from vwt.codebook.codebook import Codebook
 from vwt.codebook.config import BuildConfig
 from vwt.datasets import ImageSource
-from vwt.errors import ArgumentError, DataError, ModelError, VWTError, first_line
+from vwt.errors import ArgumentError, DataError, ModelError, first_line
 from vwt.measure.environment import hardware
 from vwt.measure.timing import Calls, Seconds, interleave
 from vwt.models.create import create_model
@@ -35,30 +33,6 @@ PRECISIONS = {
 WORDS: list[tuple[Space, int]] = [("embedding", 1000)]
 
 # -- options -----------------------------------------------------------------------------------------------------------
-
-
-def main(
-    name: str,
-    description: str | None,
-    add_options: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], None],
-    argv: Sequence[str] | None = None,
-    if_interrupted: str = "nothing was written",
-) -> int:
-    """Parse options, run a benchmark, and say in one line what went wrong; returns the exit status."""
-    parser = Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    arguments = parser.parse_args(argv)
-    try:
-        with torch.inference_mode():
-            run(arguments)
-    except VWTError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

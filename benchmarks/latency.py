@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from variants import Module, Variant, build, choose, mean_tokens, registry, with_notes
 
 from vwt import VWTokenizer
+from vwt.cli import run_script
 from vwt.errors import ArgumentError
 from vwt.measure.timing import Calls, Seconds, on_batches
 from vwt.models.backbone import Backbone
@@ -77,6 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", type=positive, default=[224, 384, 512], help="pixels, for --scaling")
 
 
+@torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
     if arguments.plot and (arguments.matching or arguments.scaling or arguments.runtime):
@@ -206,7 +208,7 @@ def free_tokens(backbone: Backbone, images: Tensor, count: int, generator: torch
     return tokens.gather(1, index.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[2]))
 
 
-main = partial(harness.main, "latency", __doc__, add_options, run)
+main = partial(run_script, "latency", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

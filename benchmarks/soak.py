@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import harness
 import numpy as np
 import timm
 import torch
@@ -35,6 +34,7 @@ from results import Row, print_table, results_paths, save_results
 from torch import Tensor, nn
 
 from vwt import Absorb, Codebook, InterImage, Merge, Neighbours, Prune, PruningSchedule, VWTokenizer, build_codebook
+from vwt.cli import run_script
 from vwt.datasets import ImageSource
 from vwt.errors import ArgumentError, VWTError
 from vwt.measure.environment import hardware
@@ -86,6 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+@torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for.
 
@@ -322,7 +323,7 @@ def samples(counts: Counts) -> list[Row]:
     ]
 
 
-main = partial(harness.main, "soak", __doc__, add_options, run)
+main = partial(run_script, "soak", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

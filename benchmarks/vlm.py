@@ -38,6 +38,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vwt import Absorb, IntraImage, Merge, Neighbours, Prune, VWTokenizer
+from vwt.cli import run_script
 from vwt.errors import ArgumentError, DataError, first_line
 from vwt.measure.environment import hardware
 from vwt.measure.timing import Calls, interleave
@@ -82,6 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+@torch.inference_mode()
 def run(arguments: argparse.Namespace) -> None:
     """What the options ask for."""
     paths, device = results_paths(arguments.results_file), harness.open_device(arguments)
@@ -215,7 +217,7 @@ def mean(values: Any) -> float:
     return float(torch.tensor(list(values), dtype=torch.float64).mean())
 
 
-main = partial(harness.main, "vlm", __doc__, add_options, run)
+main = partial(run_script, "vlm", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

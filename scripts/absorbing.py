@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import vwt
-from vwt.cli import Parser
+from vwt.cli import run_script
 from vwt.datasets import read_image
-from vwt.errors import VWTError
 from vwt.models.backbone import Backbone
 from vwt.models.create import create_model
 from vwt.models.spec import PatchSpec, prepare
@@ -29,22 +28,14 @@ DIM = 0.35  # what is left of the colours of patches that go
 PHOTOGRAPH = files("sklearn.datasets.images") / "flower.jpg"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the picture, and print how many patches join how many."""
-    parser = Parser(prog="absorbing", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options."""
     parser.add_argument("--image", default=str(PHOTOGRAPH), help="file of a photograph")
     parser.add_argument("--model", default="vit_tiny_patch16_224.augreg_in21k_ft_in1k", help="timm model")
     parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
     parser.add_argument("--block", type=int, default=3, help="that reduces")
     parser.add_argument("--share", type=float, default=0.65, help="of the patches that go")
     parser.add_argument("--out", type=Path, default=Path("absorbing.png"), help="where to write the picture")
-    arguments = parser.parse_args(argv)
-    try:
-        run(arguments)
-    except VWTError as error:
-        print(f"absorbing: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +135,8 @@ def draw_joins(axes: Any, seen: Seen, grid: tuple[int, int], patch: tuple[int, i
         axes.plot(x, y, color=colour, linewidth=0.7)
         axes.plot(x[1], y[1], "o", color=colour, markersize=2.5)
 
+
+main = partial(run_script, "absorbing", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

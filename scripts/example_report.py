@@ -7,7 +7,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 from demo import MODEL, ROOT, make_crops
 
 import vwt
-from vwt.cli import Parser
-from vwt.errors import VWTError
+from vwt.cli import run_script
 from vwt.models.create import create_model
 from vwt.pictures.report.front import read_peers
 from vwt.pictures.report.report import check_report, write_report
@@ -28,25 +27,22 @@ CHOSEN, GOAL = "Absorb(120) in block 5", {"ratio": 0.8}
 MILLISECONDS = 19.0  # of the model itself, where that was recorded; see docs/benchmarks.md
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report."""
-    parser = Parser(prog="example_report", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options."""
     parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
     parser.add_argument("--out", default=str(ROOT / "docs" / "_static" / "example_report.html"), help="NAME.html")
-    arguments = parser.parse_args(argv)
-    try:
-        check_report(arguments.out)
-        model = create_model(MODEL, arguments.checkpoint)
-        plan = make_plan(LatencyProfile.identify(model))
-        others = [row for row in read_peers(RECORDED, plan) if row.method != "schedule"]
-        with TemporaryDirectory() as folder:
-            crops = make_crops(Path(folder))
-            write_report(arguments.out, plan, model, crops, others=others, command="python scripts/example_report.py")
-    except VWTError as error:
-        print(f"example_report: {error}", file=sys.stderr)
-        return 2
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the report."""
+    check_report(arguments.out)
+    model = create_model(MODEL, arguments.checkpoint)
+    plan = make_plan(LatencyProfile.identify(model))
+    others = [row for row in read_peers(RECORDED, plan) if row.method != "schedule"]
+    with TemporaryDirectory() as folder:
+        crops = make_crops(Path(folder))
+        write_report(arguments.out, plan, model, crops, others=others, command="python scripts/example_report.py")
     print(arguments.out)
-    return 0
 
 
 def make_plan(own: dict[str, Any]) -> Plan:
@@ -65,6 +61,8 @@ def make_point(row: dict[str, Any]) -> Point:
     ratio = row["ratio"]
     return Point(None, schedule, ratio * MILLISECONDS, ratio, row["kl"], row["agreement"])
 
+
+main = partial(run_script, "example_report", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import vwt
-from vwt.cli import Parser
+from vwt.cli import run_script
 from vwt.datasets import read_image
-from vwt.errors import ArgumentError, VWTError
+from vwt.errors import ArgumentError
 from vwt.models.backbone import Backbone
 from vwt.models.create import create_model
 from vwt.models.spec import prepare
@@ -22,22 +23,14 @@ from vwt.models.spec import prepare
 SIZE = 336  # pixels of each of the three pictures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the picture, and print how alike the two maps are."""
-    parser = Parser(prog="feature_map", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options."""
     parser.add_argument("--image", help="file of a photograph; without, a scene is drawn")
     parser.add_argument("--model", default="vit_tiny_patch16_224.augreg_in21k_ft_in1k", help="timm model")
     parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
     parser.add_argument("--block", type=int, default=5, help="that merges tokens")
     parser.add_argument("--share", type=float, default=0.25, help="of the tokens that it merges away")
     parser.add_argument("--out", type=Path, default=Path("feature_map.png"), help="where to write the picture")
-    arguments = parser.parse_args(argv)
-    try:
-        run(arguments)
-    except VWTError as error:
-        print(f"feature_map: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 @torch.inference_mode()
@@ -105,6 +98,8 @@ def save_row(path: Path, pictures: Sequence[Tensor]) -> None:
     except (OSError, ValueError) as error:
         raise ArgumentError(f"cannot write {path}: {error}; choose another --out, such as feature_map.png") from error
 
+
+main = partial(run_script, "feature_map", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,8 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vwt
-from vwt.cli import Parser
+from vwt.cli import run_script
 from vwt.datasets import ImageSource
-from vwt.errors import ArgumentError, VWTError
+from vwt.errors import ArgumentError
 from vwt.models.create import create_model
 from vwt.models.spec import prepare
 from vwt.progress import progress_bar
@@ -31,9 +32,8 @@ from vwt.progress import progress_bar
 Pairs = tuple[Tensor, Tensor]  # images (n, C, H, W) uint8, labels (n,) int64
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table."""
-    parser = Parser(prog="finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options."""
     parser.add_argument("images", metavar="FOLDER", help="a sub-folder of images for each class")
     parser.add_argument("--model", default="vit_tiny_patch16_224.augreg_in21k_ft_in1k", help="timm model")
     parser.add_argument("--checkpoint", help="file of weights; by default the pretrained ones from the hub")
@@ -43,12 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=1e-5, help="of AdamW")
     parser.add_argument("--seed", type=int, default=0, help="of the order, and of a new head")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    try:
-        run(parser.parse_args(argv))
-    except VWTError as error:
-        print(f"finetune: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -127,6 +121,8 @@ def accuracy(model: vwt.VWTokenizer, pairs: Pairs, arguments: argparse.Namespace
     right = [(model(prepare(images, model.model)).argmax(-1) == labels).sum() for images, labels in batches]
     return float(sum(right)) / len(pairs[0])
 
+
+main = partial(run_script, "finetune", __doc__, add_options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

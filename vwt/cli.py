@@ -7,7 +7,7 @@ import argparse
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vwt.errors import VWTError
@@ -76,6 +76,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if none else super()._get_help_string(action)
 
 
+class _ScriptFormatter(_Formatter, argparse.RawDescriptionHelpFormatter):
+    """The same; the description keeps its lines."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     given = sys.argv[1:] if argv is None else argv
@@ -91,6 +95,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nvwt: interrupted{arguments.if_interrupted}", file=sys.stderr)
         return 130
+
+
+def run_script(
+    name: str,
+    description: str | None,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+    if_interrupted: str = "nothing was written",
+) -> int:
+    """Parse the options of a script or benchmark and run it; what goes wrong is one line. Returns its exit status."""
+    parser = Parser(prog=name, description=description, formatter_class=_ScriptFormatter)
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments)
+    except VWTError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

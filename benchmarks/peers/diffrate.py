@@ -41,6 +41,7 @@ DEIT_SMALL = {
     ),
 }
 DEIT = {"DeiT-Tiny": DEIT_TINY, "DeiT-Small": DEIT_SMALL}
+RATES = DEIT_TINY | DEIT_SMALL
 
 
 def nearest(width: int) -> str:
@@ -66,13 +67,13 @@ class DiffRate(Peer):
 
     @classmethod
     def published(cls, model: Any, gmacs: str) -> "DiffRate":
-        """With the rates of `DEIT`.
+        """With those of `RATES`.
 
         Raises:
             ArgumentError: for a model of another number of blocks or tokens.
         """
         check_model(model)
-        pruning, merging = (DEIT_TINY | DEIT_SMALL)[gmacs]
+        pruning, merging = RATES[gmacs]
         count, removed, pruned = pruning[0], {}, {}
         blocks, tokens = len(model.blocks), 1 + model.patch_embed.num_patches
         if (blocks, tokens) != (len(pruning), count):
