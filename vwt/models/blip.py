@@ -12,7 +12,7 @@ from vwt.errors import ModelError
 from vwt.models.hooks import with_hooks
 from vwt.models.tower import Tower
 from vwt.models.towers import CLIP_NORMALISATION
-from vwt.tokens.attention import BlockInputs, Half
+from vwt.tokens.attention import BlockInputs, Half, drops_paths
 
 
 class BlipTower(Tower):
@@ -41,7 +41,7 @@ class BlipTower(Tower):
     @property
     def packable(self) -> bool:
         """See `Family`."""
-        return not self.blocks.training
+        return not drops_paths(self.blocks)
 
     def final_norm(self, tokens: Tensor) -> Tensor:
         """See `Family`."""

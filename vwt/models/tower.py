@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
 from vwt.errors import ArgumentError, ImageError, ModelError
 from vwt.models.family import Embedded, Family
-from vwt.tokens.attention import BlockInputs, Half
+from vwt.tokens.attention import BlockInputs, Half, drops_paths
 
 
 class Tower(Family):
@@ -176,7 +176,7 @@ class Tower(Family):
     @property
     def packable(self) -> bool:
         """See `Family`."""
-        return not self.blocks.training and self.config._attn_implementation == "sdpa"
+        return not drops_paths(self.blocks) and self.config._attn_implementation == "sdpa"
 
     def pre_norm(self, tokens: Tensor) -> Tensor:
         """There is none."""

@@ -47,10 +47,15 @@ def fuses(block: nn.Module) -> bool:
 def packable(blocks: nn.Module) -> bool:
     """Whether a sequence of blocks can run on packed images.
 
-    Not in train mode, where stochastic depth draws for each image, and not with attention that is unfused or of an
+    Not with stochastic depth in train mode, which draws for each image, and not with attention that is unfused or of an
     unknown kind, which cannot be told where an image ends.
     """
-    return not blocks.training and all(fuses(block) for block in blocks.children())
+    return not drops_paths(blocks) and all(fuses(block) for block in blocks.children())
+
+
+def drops_paths(blocks: nn.Module) -> bool:
+    """Whether blocks are skipped at random, as in train mode with stochastic depth."""
+    return blocks.training and any(getattr(module, "drop_prob", 0.0) for module in blocks.modules())
 
 
 def run_blocks(
