@@ -63,6 +63,7 @@ from vwt import InterImage
 from vwt.cli import run_script
 from vwt.datasets import Batch, ImageSource
 from vwt.errors import ArgumentError, DataError
+from vwt.locks import locked
 from vwt.measure.timing import on_batches
 from vwt.models.spec import weights_checksum
 from vwt.progress import progress_bar
@@ -126,31 +127,33 @@ def run(arguments: argparse.Namespace) -> None:
     header = bench.header
     title = f"{arguments.model}, {len(images.chosen) or 'all'} images of {arguments.data}"
     print(f"{header['hardware']}\n{title}{images.remark}")
-    known = ImageCache(arguments.cache / scores_name(bench, modules, images))
-    scores = measure_fidelity(bench, modules, images, known)
-    header["images"] = len(scores.kl)
-    rows = fidelity_rows(scores, arguments.seed)
-    tables = {"fidelity": with_notes(variants, rows, notes)}
-    save_results(bench.paths, header, tables)  # whatever becomes of the rest
-    if arguments.operators:
-        save_results(bench.paths, header, tables | print_operators(bench, scores))
+    kept = arguments.cache / scores_name(bench, modules, images)
+    with locked(kept.with_name(f"{kept.name}.lock"), kept, ArgumentError):
+        known = ImageCache(kept)
+        scores = measure_fidelity(bench, modules, images, known)
+        header["images"] = len(scores.kl)
+        rows = fidelity_rows(scores, arguments.seed)
+        tables = {"fidelity": with_notes(variants, rows, notes)}
+        save_results(bench.paths, header, tables)  # whatever becomes of the rest
+        if arguments.operators:
+            save_results(bench.paths, header, tables | print_operators(bench, scores))
+            known.path.unlink(missing_ok=True)
+            return
+        with bench.autocast():
+            rows = [row | {"gmacs": mean_gmacs(modules[row["name"]], first)} for row in rows]
+        seconds = measure_latency(bench, modules, batches) if batches else {}
+        if seconds:
+            add_latency(rows, seconds, {v.name: v.baseline for v in variants}, arguments.seed)
+            add_throughput(bench, modules, rows)
+        mark_fronts(rows)
+        rows = with_notes(variants, rows, notes)
+        tables = {"fidelity": rows, "equal_kl": equal_kl(rows, scores, seconds, arguments.seed)}
+        print_table("Fidelity", rows, COLUMNS)
+        print_table("At the KL of the comparators", tables["equal_kl"], EQUAL_KL)
+        save_results(bench.paths, header, tables)
+        if arguments.plot:
+            plot_fronts(arguments.plot, rows, f"{title}\n{header['hardware']}")
         known.path.unlink(missing_ok=True)
-        return
-    with bench.autocast():
-        rows = [row | {"gmacs": mean_gmacs(modules[row["name"]], first)} for row in rows]
-    seconds = measure_latency(bench, modules, batches) if batches else {}
-    if seconds:
-        add_latency(rows, seconds, {v.name: v.baseline for v in variants}, arguments.seed)
-        add_throughput(bench, modules, rows)
-    mark_fronts(rows)
-    rows = with_notes(variants, rows, notes)
-    tables = {"fidelity": rows, "equal_kl": equal_kl(rows, scores, seconds, arguments.seed)}
-    print_table("Fidelity", rows, COLUMNS)
-    print_table("At the KL of the comparators", tables["equal_kl"], EQUAL_KL)
-    save_results(bench.paths, header, tables)
-    if arguments.plot:
-        plot_fronts(arguments.plot, rows, f"{title}\n{header['hardware']}")
-    known.path.unlink(missing_ok=True)
 
 
 # -- images ------------------------------------------------------------------------------------------------------------

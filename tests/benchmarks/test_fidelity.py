@@ -16,6 +16,7 @@ from peers import RandomDrop
 from safetensors.torch import load_file, save, save_file
 
 import vwt
+from tests.holding import held_elsewhere
 from vwt.datasets import ImageSource
 from vwt.models.create import create_model
 from vwt.models.spec import PatchSpec
@@ -287,6 +288,18 @@ def test_damaged_cache_is_made_anew(run, monkeypatch, damage):
     assert (status, err.count("\n")) == (0, 1)
     assert re.match(rf"fidelity: {kept} is damaged \(.+\) and is made anew\n", err)
     assert len(batches) == 4
+
+
+def test_a_second_run_is_told_who_holds_the_cache(run, monkeypatch):
+    kept = interrupt(run, monkeypatch)
+    before = kept.read_bytes()
+    with held_elsewhere(kept.with_name(f"{kept.name}.lock")) as other:
+        status, _, err = run(fidelity.main, [*SOME, "--batch-size", "2"])
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"fidelity: {kept} is held by process {other.pid} on " in err
+    assert kept.read_bytes() == before
+    rows(run, "--batch-size", "2")
+    assert not list(kept.parent.glob("scores-*"))
 
 
 def test_long_run_is_written_as_it_goes(run, monkeypatch):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from tests.holding import held_elsewhere
 from tests.matrix import matrix
 from tests.reductions.cases import make_model
 from tests.test_datasets import write_images
 from tests.tuning.test_calibration import codebook_of, make_images
 from tests.tuning.test_profile import make_profile
 from vwt import Absorb, Neighbours, Plan, PruningSchedule, tune
-from vwt.errors import ArgumentError, ImageError
+from vwt.errors import ArgumentError, DocumentError, ImageError
 from vwt.measure.timing import Latency
 from vwt.tuning import tune as tuning
 from vwt.tuning.calibration import Calibration, compare
@@ -411,6 +412,18 @@ def test_notes_that_are_damaged_in_part(tmp_path, monkeypatch, small, changes):
     notes.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
     run(ratio=0.7, notes=notes)
     assert len(small) == 2
+
+
+def test_notes_that_another_process_holds(tmp_path, small):
+    notes = tmp_path / "notes"
+    notes.write_text("of the other")
+    with (
+        held_elsewhere(tmp_path / "notes.lock") as other,
+        pytest.raises(DocumentError, match=rf"/notes is held by process {other.pid} on .*; wait for it, or choose"),
+    ):
+        run(ratio=0.7, notes=notes)
+    assert notes.read_text() == "of the other"
+    assert small == []
 
 
 def test_notes_that_cannot_be_written(tmp_path, small):

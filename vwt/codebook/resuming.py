@@ -5,12 +5,10 @@ import errno
 import json
 import os
 import shutil
-import socket
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,7 @@ from torch import Tensor
 
 from vwt.documents import replacing, write_json
 from vwt.errors import CodebookError, resume_advice
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks; builds there are not kept apart
-    fcntl = None  # type: ignore[assignment]
+from vwt.locks import locked
 
 # A failed write, and not a lost connection or a worker that could not be started.
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
@@ -50,17 +44,17 @@ def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterat
         return
     folder = target.with_name(target.name + ".building")
     try:
-        with _locked(folder):
-            begun = [path for path in folder.iterdir() if path.name != _LOCK]
-            if begun and not resume:
-                if not overwrite:
-                    raise CodebookError(
-                        f"{folder} holds an interrupted build; go on with --resume, or drop it with --overwrite"
-                    )
-                for path in begun:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with locked(folder / _LOCK, folder, CodebookError):
+            if not (resume or overwrite) and any(path.name != _LOCK for path in folder.iterdir()):
+                raise CodebookError(
+                    f"{folder} holds an interrupted build; go on with --resume, or drop it with --overwrite"
+                )
+            if not resume:
+                _clear(folder)
             yield folder
-            shutil.rmtree(folder)
+            _clear(folder)
+        with suppress(OSError):  # another build may have begun there
+            folder.rmdir()
     except OSError as error:
         if error.errno not in _OF_DISKS:
             raise
@@ -69,45 +63,11 @@ def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterat
         ) from error
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made if need be, as long as this process lives.
-
-    A record lock is given up by the system when its process dies, and is not inherited by the processes it starts.
-    """
-    path = folder / _LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(path, "a+")  # noqa: SIM115, closed below
-        except FileNotFoundError:  # the build that held it has just removed it
-            continue
-        with file:
-            _lock(file, folder)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                yield
-                return
-
-
-def _lock(file: Any, folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            warnings.warn(
-                f"{folder} cannot be locked ({error.strerror}); see that no other build writes there", stacklevel=2
-            )
-            return
-        file.seek(0)
-        raise CodebookError(
-            f"{folder} is held by {file.read() or 'another process'}, which builds there; wait for it, or choose "
-            "another name"
-        ) from error
+def _clear(folder: Path) -> None:
+    """Remove all but the lock."""
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def begin(folder: Path, what: dict[str, Any], shard_images: int) -> tuple[str, int]:

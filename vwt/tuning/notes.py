@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,21 @@ from torch import Tensor, nn
 from vwt.codebook.codebook import Codebook
 from vwt.documents import is_number, write_json
 from vwt.errors import DocumentError
+from vwt.locks import locked
 from vwt.models.spec import weights_checksum
 from vwt.tuning.profile import LatencyProfile
+
+
+def hold(path: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+    """Hold the place of notes, which one process at a time writes.
+
+    Raises:
+        DocumentError: if another one holds it, or nothing can be written there.
+    """
+    if path is None:
+        return nullcontext()
+    place = Path(path)
+    return locked(place.with_name(f"{place.name}.lock"), place, DocumentError)
 
 
 class Notes(dict[str, float]):

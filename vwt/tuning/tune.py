@@ -22,7 +22,7 @@ from vwt.strategies.strategy import Strategy
 from vwt.tokenizer import VWTokenizer
 from vwt.tuning.calibration import ENOUGH, Calibration, check_enough, load_images
 from vwt.tuning.goal import check_goal, choose
-from vwt.tuning.notes import Notes
+from vwt.tuning.notes import Notes, hold
 from vwt.tuning.plan import Plan, Point, describe, describe_goal, front_of, make_strategy
 from vwt.tuning.profile import LatencyProfile
 from vwt.tuning.prompts import tune_on_prompts
@@ -91,6 +91,7 @@ def tune(
     Raises:
         ArgumentError: for no goal, one that is none, or goals that cannot be met together; says what can. For
             images where prompts are needed, and the other way round.
+        DocumentError: if the notes cannot be written, or another process holds them.
         ExportError: if the runtime cannot hold a reduced model.
         ModelError, ImageError, DataError: see `LatencyProfile.measure`, `Calibration` and `load_images`.
     """
@@ -108,6 +109,26 @@ def tune(
             raise ArgumentError(f"prompts are given with {' and '.join(clash)}, which are for images; leave them out")
         return tune_on_prompts(model, prompts, goal, seed=seed, progress=progress)
     assert images is not None
+    with hold(notes):
+        return _tune_on_images(
+            model, images, goal, batch_size, runtime, precision, codebooks, seed=seed, notes=notes, progress=progress
+        )
+
+
+def _tune_on_images(
+    model: nn.Module,
+    images: Tensor | str | os.PathLike[str],
+    goal: dict[str, float],
+    batch_size: int,
+    runtime: str,
+    precision: str | None,
+    codebooks: Sequence[str | os.PathLike[str]],
+    *,
+    seed: int,
+    notes: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Plan:
+    """See `tune`."""
     model = place(model, None, runtime, precision)
     backbone = Backbone(model)
     if not isinstance(images, Tensor):
