@@ -1,9 +1,12 @@
 """Equal to the outputs recorded of an independent implementation, see ../shared/data/README.md."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 
+from tests.matrix import matrix
 from vwt import Codebook, InterImage, IntraImage, PruningSchedule, VWTokenizer
 from vwt.models.spec import PatchSpec
 from vwt.tokens.words import merge
@@ -58,15 +61,17 @@ def by_first_appearance(labels):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", matrix([1, 8], 8))
 def test_full_model(vit_tiny, recorded, images, batch):
     logits = torch.cat([VWTokenizer(vit_tiny)(part) for part in images.split(batch)])
     torch.testing.assert_close(logits, recorded["logits_full"], **CLOSE)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("variant", [*INTER, *INTRA])
+@pytest.mark.parametrize(
+    ("variant", "batch"),
+    matrix(product([*INTER, *INTRA], [1, 8]), ("inter_pixel_t010", 8), ("inter_embedding_t020", 1), ("intra_k98", 8)),
+)
 def test_logits(vit_tiny, recorded, images, variant, batch):
     fast = make_fast(vit_tiny, recorded, variant)
     logits = torch.cat([fast(part) for part in images.split(batch)])
@@ -74,8 +79,7 @@ def test_logits(vit_tiny, recorded, images, variant, batch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("variant", INTER)
+@pytest.mark.parametrize(("variant", "batch"), matrix(product(INTER, [1, 8]), *product(INTER, [8])))
 def test_partitions_and_counts(vit_tiny, recorded, images, variant, batch):
     fast = make_fast(vit_tiny, recorded, variant)
     words = [fast.tokenize(part) for part in images.split(batch)]
@@ -85,8 +89,7 @@ def test_partitions_and_counts(vit_tiny, recorded, images, variant, batch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("variant", INTRA)
+@pytest.mark.parametrize(("variant", "batch"), matrix(product(INTRA, [1, 8]), *product(INTRA, [8])))
 def test_kept_patches(vit_tiny, recorded, images, variant, batch):
     fast = make_fast(vit_tiny, recorded, variant)
     groups = torch.cat([fast.tokenize(part).group for part in images.split(batch)])
@@ -111,8 +114,7 @@ def test_tokens(vit_tiny, recorded, images, variant):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("removed", PRUNED)
+@pytest.mark.parametrize(("removed", "batch"), matrix(product(PRUNED, [1, 8]), (56, 8)))
 def test_pruning(vit_tiny, recorded, pruned, images, removed, batch):
     """Logits, and which patches became one token, the last; one at a time and as batch mates."""
     assert torch.equal(pruned["images"], recorded["images"])

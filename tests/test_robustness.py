@@ -76,7 +76,7 @@ COMMON = ["images", "--model", "test_vit", "--words", "16", "--iterations", "2",
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="kills and forks processes as on Linux")
 
 
-@pytest.fixture(scope="module", params=matrix(JOBS, "while counting"))
+@pytest.fixture(scope="module", params=matrix(JOBS))
 def killed(request, tmp_path_factory):
     """A job, the folder of its builds that were killed, and the exit codes of its processes."""
     job, (arguments, target) = request.param, JOBS[request.param]

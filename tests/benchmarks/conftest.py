@@ -1,7 +1,11 @@
 """A working folder with images and weights, and a run of a benchmark as on a command line."""
 
 import copy
+import hashlib
+import shutil
+from pathlib import Path
 
+import harness
 import peers
 import pytest
 import timm
@@ -24,6 +28,26 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("file")
     monkeypatch.setattr(peers, "in_int8", copy.deepcopy)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("codebooks")
+
+
+@pytest.fixture(autouse=True)
+def codebooks_are_built_once(kept, monkeypatch):
+    """In a session: their names say of which weights and options they are, and a checksum of which images."""
+    build = harness.run_build
+
+    def build_once(images, *arguments, out, **options):
+        pixels = b"".join(path.read_bytes() for path in sorted(Path(images).rglob("*.jpg")))
+        built = kept / f"{hashlib.sha256(pixels).hexdigest()}-{out.name}"
+        if not built.exists():
+            build(images, *arguments, out=built, **options)
+        shutil.copytree(built, out)
+
+    monkeypatch.setattr(harness, "run_build", build_once)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import training
 from variants import Variant
 
+from tests.matrix import matrix
 from vwt import Neighbours, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError
 
@@ -186,7 +187,7 @@ def test_table_of_ragged_batches(run):
     assert "vs_vwt" in out
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16", "amp_bfloat16"])
+@pytest.mark.parametrize("precision", matrix(["bfloat16", "float16", "amp_bfloat16"], "amp_bfloat16"))
 def test_precisions(run, precision):
     options = ["--precision", precision, "--img-size", "96", "--batch-size", "2"]
     status, out, err = run(latency.main, [*QUICK, *options, "--only", "InterImage", "Neighbours 0.4", "top-k"])

@@ -86,7 +86,8 @@ def test_weights_and_processor(run):
         (["--results-file", "file/out"], "--results-file"),
     ],
 )
-def test_errors_are_one_line(run, options, message):
+def test_errors_are_one_line(run, monkeypatch, options, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else a network is asked again and again
     status, _, err = run(vlm.main, options)
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("vlm: ")

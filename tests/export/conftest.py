@@ -1,8 +1,16 @@
 import pytest
+import timm
 import torch
 
 from vwt import Absorb, Merge, Neighbours, PruningSchedule, VWTokenizer
 from vwt.tuning.calibration import load_images
+
+
+@pytest.fixture
+def small_vit():
+    """As elsewhere, but of two blocks: the time of an export goes with them."""
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=10, depth=2).eval()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from tests.export.cases import needs_tracing
-from tests.matrix import matrix
 from tests.test_tokenizer import make_inter
 from vwt import Absorb, IntraImage, Merge, Neighbours, Plan, Prune, PruningSchedule, VWTokenizer
 from vwt.cli import main
@@ -52,7 +51,7 @@ def make_plan(small_vit, /, batch_size=1, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", matrix(FORMATS, ".onnx"))
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_answers_photographs_as_the_model(suffix, vit_tiny, photographs, tmp_path):
     need(suffix)
     fast = VWTokenizer(vit_tiny, Neighbours(0.2), PruningSchedule({3: Absorb(60)}))
@@ -89,7 +88,7 @@ def test_bfloat16(suffix, fast, images, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", matrix(["near", "intra"], "near"))
+@pytest.mark.parametrize("name", ["near", "intra"])
 def test_runtimes_get_no_sums_by_index(name, images, tmp_path):
     """They have no fast kernels for scatters that add, and some none at all."""
     onnx = pytest.importorskip("onnx")
@@ -121,7 +120,8 @@ def read_package(path):
 READERS = {".onnx": read_onnx, ".xml": read_openvino, ".pt2": read_package}
 
 
-@pytest.mark.parametrize("suffix", matrix(FORMATS, ".onnx"))
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_says_how_images_are_prepared_and_what_was_planned(suffix, small_vit, images, tmp_path):
     need(suffix)
     plan = make_plan(small_vit, batch_size=2, runtime=FORMATS[suffix].runtime)

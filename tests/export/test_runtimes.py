@@ -69,6 +69,7 @@ def test_a_precision_is_that_of_the_work_not_of_the_answer(runtime, small_vit, i
     assert next(small_vit.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_answers_of_one_call_outlive_the_next(small_vit, images):
     need("openvino")
     run = run_in("openvino", "float32", small_vit, images)

@@ -27,6 +27,7 @@ np.save("answers.npy", answers)
 """
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_files_run_without_vwt(small_vit, tmp_path, monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):

@@ -126,7 +126,10 @@ def make_inter(space, model, images):
     return InterImage(book, 1e-3)
 
 
-VARIANTS = {"vit-unpooled", "deit", "deit-classifier", "ijepa", "ijepa-pooled", "dinov2-registers"}
+VARIANTS = {
+    "clip-classifier", "vit", "vit-unpooled", "dinov2-classifier", "deit", "deit-classifier", "ijepa", "ijepa-pooled",
+    "dinov2-registers", "siglip",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=matrix(MODELS, *(MODELS.keys() - VARIANTS)))
@@ -240,6 +243,7 @@ def test_calibration(model, request):
     assert calibration.removal(1, [calibration.backbone.prefix + 16], progress=False).popitem()[1] == 1
 
 
+@pytest.mark.parametrize("model", matrix(MODELS, "clip", "vit-classifier", "dinov2"), indirect=True)
 def test_profiles(model):
     profile = LatencyProfile.measure(model, points=2, runs=1, progress=False)
     assert profile.model == type(model).__name__

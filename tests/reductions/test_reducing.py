@@ -9,6 +9,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
 )
 
+from tests.matrix import matrix
 from tests.reductions.cases import (
     CLOSE,
     KINDS,
@@ -35,16 +36,23 @@ from vwt.tokens.words import keep_all, unmerge
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sized", [True, False], ids=["words", "patches"])
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "lengths"),
+    matrix(itertools.product(SCHEDULES, LENGTHS), *((name, "ragged") for name in SCHEDULES), ("prune", "one")),
+)
 def test_reductions_equal_a_loop_over_images(schedule, lengths, sized):
     model = make_model()
     check_encoded(model, make_packed(LENGTHS[lengths], 1, sized), SCHEDULES[schedule])
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("schedule", ["prune", "merge", "prune, merge, prune", "absorb", "absorb, merge, prune"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    matrix(
+        itertools.product(MODELS, ["prune", "merge", "prune, merge, prune", "absorb", "absorb, merge, prune"]),
+        *((name, "absorb, merge, prune") for name in MODELS),
+    ),
+)
 def test_any_model_equals_a_loop_over_images(name, schedule):
     """Any number of prefix tokens, which are never reduced, and any norms."""
     model = make_model(**MODELS[name])
@@ -222,9 +230,17 @@ def test_attention_and_mlp_side_by_side(kind):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "schedule", [{1: Prune(20)}, {1: Merge(20)}, {1: Absorb(0.7)}, {0: Merge(15), 2: Prune(10)}], ids=repr
+    ("name", "schedule"),
+    matrix(
+        itertools.product(
+            ["none", "intra", "inter"], [{1: Prune(20)}, {1: Merge(20)}, {1: Absorb(0.7)}, {0: Merge(15), 2: Prune(10)}]
+        ),
+        ("none", {1: Prune(20)}),
+        ("intra", {0: Merge(15), 2: Prune(10)}),
+        ("inter", {1: Absorb(0.7)}),
+    ),
+    ids=repr,
 )
-@pytest.mark.parametrize("name", ["none", "intra", "inter"])
 def test_words_weigh_by_their_patches(small_vit, name, schedule):
     """From images to tokens: words of several patches count as several in every mean, dropped patches not at all."""
     for parameter in small_vit.parameters():

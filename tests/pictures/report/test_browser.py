@@ -1,11 +1,13 @@
 """A report in a real browser: Debian's Chromium, or any other that is installed, driven by Playwright."""
 
 import shutil
+from itertools import product
 
 import pytest
 import timm
 import torch
 
+from tests.matrix import matrix
 from tests.pictures.report.conftest import OTHERS, make_pixels, plan_for
 from vwt.pictures.report.report import write_report
 
@@ -57,8 +59,7 @@ def open_page(browser, file):
     assert {url for url in asked if not url.startswith("data:")} == {file.as_uri()}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize(("width", "scheme"), matrix(product([400, 1400], ["light", "dark"]), (400, "light")))
 def test_it_is_drawn_at_any_width(open_page, width, scheme):
     page = open_page(width, scheme)
     assert page.locator(".chart svg").count() == 5
@@ -157,6 +158,7 @@ def test_the_plan_can_be_copied(open_page):
     assert page.evaluate("getSelection().toString()").lstrip().startswith("{")
 
 
+@pytest.mark.slow
 def test_it_reads_without_scripts_and_in_print(open_page, tmp_path):
     page = open_page(java_script_enabled=False)
     assert "need JavaScript" in page.locator("noscript").inner_text()
