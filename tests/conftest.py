@@ -37,6 +37,13 @@ def vit_tiny(shared):
     return create_model(TINY, checkpoint)
 
 
+@pytest.fixture(autouse=True)
+def few_runs(monkeypatch):
+    """No test asserts how long anything takes, so that latencies need not be measured often."""
+    monkeypatch.setattr("vwt.measure.timing.TIMED_RUNS", 1)
+    monkeypatch.setattr("vwt.pictures.report.costs.RUNS", 1)
+
+
 @pytest.fixture
 def in_folder(folder, monkeypatch):
     """The fixture `folder` of the module is the current one; builds are of one time, and their processes find vwt."""

@@ -113,14 +113,10 @@ def test_weights_that_would_run_code(capsys, folder):
     assert not (folder / "sprung").exists()
 
 
-def test_weights_out_of_reach():
-    """In a process of its own, since the hub's library reads the environment once."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": os.path.abspath("empty")}
-    arguments = command(PIXEL | {"--space": "embedding"})
-    process = subprocess.run(
-        [sys.executable, "-m", "vwt.cli", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    line = one_line(process.returncode, process.stdout, process.stderr)
+def test_weights_out_of_reach(capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", os.path.abspath("empty"))
+    line = one_line(*run(capsys, command(PIXEL | {"--space": "embedding"})))
     assert re.search(r"no pretrained weights for test_vit: .*\(--checkpoint\)", line)
 
 

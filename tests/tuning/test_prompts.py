@@ -19,9 +19,8 @@ QUIET = {"progress": False}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few candidates and few runs."""
+    """Few candidates."""
     monkeypatch.setattr(tuning, "SHARES", (0.5,))
-    monkeypatch.setattr("vwt.measure.timing.TIMED_RUNS", 1)
 
 
 def fake_latency(monkeypatch, *milliseconds):

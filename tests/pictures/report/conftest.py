@@ -1,12 +1,14 @@
-from functools import partial
+from functools import cache, partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
 from tests.pictures.conftest import make_codebook
 from vwt import Absorb, LatencyProfile, Plan, PruningSchedule
 from vwt.pictures.report.front import Row
+from vwt.pictures.report.report import write_report
 from vwt.tuning.plan import Point
 
 ITSELF = Point(None, PruningSchedule({}), 10.0, 1.0, 0.0, 1.0)
@@ -35,6 +37,23 @@ def plan_for(model, folder, kind="neighbours", **changes):
     machine = {name: own[name] for name in ("device", "cpu", "threads", "torch", "timm")}
     known = {"model": own["model"], "batch_size": 2, "precision": own["precision"], "machine": machine}
     return Plan(**known | {"goal": {"ratio": 0.8}, "chosen": chosen, "front": [*front, chosen]} | changes)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """The plan and the file of a report, written once for each kind of plan; to be read only."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=10).eval()
+
+    @cache
+    def write(kind):
+        file = tmp_path_factory.mktemp("report") / "out.html"
+        plan = plan_for(model, file.parent, kind)
+        options = {"others": OTHERS, "command": "vwt report --out a&b.html", "progress": False}
+        write_report(file, plan, model, make_pixels(), **options)
+        return plan, file
+
+    return write
 
 
 @pytest.fixture

@@ -4,12 +4,8 @@ import shutil
 from itertools import product
 
 import pytest
-import timm
-import torch
 
 from tests.matrix import matrix
-from tests.pictures.report.conftest import OTHERS, make_pixels, plan_for
-from vwt.pictures.report.report import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -26,20 +22,10 @@ def browser():
         started.close()
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=10).eval()
-    plan = plan_for(model, folder, "words")
-    write_report(folder / "out.html", plan, model, make_pixels(), others=OTHERS, progress=False)
-    return folder / "out.html"
-
-
 @pytest.fixture
-def open_page(browser, file):
+def open_page(browser, written):
     """Opens the report at a width; no console error and no request to a network is let pass."""
-    pages, complaints, asked = [], [], []
+    (_, file), pages, complaints, asked = written("words"), [], [], []
 
     def open_at(width=1400, scheme="light", **options):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)

@@ -4,7 +4,7 @@ import torch
 from vwt import Absorb, Neighbours, PruningSchedule, VWTokenizer
 from vwt.models.spec import prepare
 from vwt.pictures.report import costs
-from vwt.pictures.report.costs import COUNTS, RUNS, measure_costs
+from vwt.pictures.report.costs import COUNTS, measure_costs
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_figures_are_milliseconds_of_a_batch(fast, pixels, monkeypatch):
     """Each call in its turn takes as many seconds as its place."""
 
     def measured(groups, items, runs, **options):
-        assert (items, runs) == (1, RUNS)
+        assert (items, runs) == (1, costs.RUNS)
         return [{"run": torch.full((1, 1), float(place)).numpy()} for place in range(len(groups))]
 
     monkeypatch.setattr(costs, "interleave", measured)

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 
-from tests.pictures.report.conftest import OTHERS
 from tests.test_datasets import write_images
 from vwt import Plan
 from vwt.errors import ArgumentError, DataError, DocumentError, ImageError, MismatchError
@@ -39,35 +38,31 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.fixture
-def written(small_vit, make_plan, pixels, tmp_path):
-    def write(kind="neighbours", images=pixels, **options):
-        write_report(tmp_path / "out.html", make_plan(kind), small_vit, images, progress=False, **options)
-        return Page((tmp_path / "out.html").read_text(encoding="utf-8"))
-
-    return write
-
-
 @pytest.mark.parametrize("kind", ["neighbours", "words", "nothing"])
-def test_what_a_report_holds(written, make_plan, kind, tmp_path):
-    page = written(kind, others=OTHERS, command="vwt report --out a&b.html")
+def test_what_a_report_holds(written, kind, tmp_path):
+    plan, file = written(kind)
+    text = file.read_text(encoding="utf-8")
+    page = Page(text)
     charts = {place["data-chart"] for place in page.all("div") if "data-chart" in place}
     expected = {"milliseconds", "tokens", "parts", "profile"} | ({"words"} if kind == "words" else set())
     data = json.loads(page.texts["data"])
     assert charts == set(data["charts"]) == expected
     assert set(data["charts"]["milliseconds"]) == {"linear", "log"}
     assert len(page.all("article")) == len(data["images"]) == 10
-    text = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert "vwt report --out a&amp;b.html" in text
     assert "a &lt;/script&gt; &amp; co" in text
     assert ("The codebook" in text) == (kind == "words")
     # The plan can be copied, and read as one.
     (tmp_path / "plan.json").write_text(page.texts["plan"])
-    assert Plan.load(tmp_path / "plan.json") == make_plan(kind)
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def read(written, kind):
+    return Page(written(kind)[1].read_text(encoding="utf-8"))
 
 
 def test_it_loads_nothing(written):
-    page = written()
+    page = read(written, "neighbours")
     for _, attributes in page.tags:
         for name in ("src", "href"):
             assert attributes.get(name, "#").startswith(("data:", "#"))
@@ -86,14 +81,14 @@ def test_scripts_are_held_once_and_it_is_small(small_vit, make_plan, tmp_path):
 
 
 def test_every_picture_has_a_text(written):
-    page = written("words")
+    page = read(written, "words")
     assert all(own["alt"] for own in page.all("img"))
     assert all(own["aria-label"] for own in page.all("div") if own.get("role") == "img")
     assert {own.get("aria-hidden") for own in page.all("canvas")} == {"true"}
 
 
 def test_stages_of_each_image(written):
-    image = json.loads(written().texts["data"])["images"][0]
+    image = json.loads(read(written, "neighbours").texts["data"])["images"][0]
     assert (image["grid"], image["tokens"]) == ([10, 10], 101)
     assert [(stage["at"], stage["tokens"]) for stage in image["stages"]] == [(1, 81), (3, 71), (5, 63)]
     assert all(len(stage["keeper"]) == 100 for stage in image["stages"])
