@@ -221,6 +221,12 @@ def test_summary_names_ten_skipped_images_and_counts_the_others():
     assert lines[12].startswith("patches")
 
 
+def test_a_name_that_a_shell_completed(capsys):
+    assert run(capsys, command(PIXEL))[0] == 0
+    status, _, err = run(capsys, command(PIXEL | {"--out": "w.zarr/"}, "images", "--overwrite"))
+    assert (status, err) == (0, "")
+
+
 # -- show --------------------------------------------------------------------------------------------------------------
 
 SHOW = ["--model", "test_vit", "--checkpoint", "weights.safetensors", "--out", "out.png", "--quiet"]
@@ -256,6 +262,13 @@ def test_show_errors_are_one_line(capsys, folder, image, options, message):
     before = bytes_of(folder)
     assert re.search(message, one_line(*run(capsys, ["show", image, *SHOW, *options])))
     assert bytes_of(folder) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys"), reason="needs a folder in which not even root can make files")
+def test_show_says_first_that_a_picture_cannot_be_written(capsys, monkeypatch):
+    monkeypatch.setattr("vwt.commands.options.create_model", lambda *_, **__: pytest.fail("came too late"))
+    shown = ["show", "images/a/000.jpg", *SHOW, "--strategy", "intra:0.5", "--out", "/sys/out.png"]
+    assert re.search(r"cannot write /sys/out.png: [A-Z].*; choose another folder", one_line(*run(capsys, shown)))
 
 
 @pytest.mark.parametrize("options", [["--strategy", "neighbours:0.2"], ["--strategy", "inter:w.zarr:0.3"], []])
@@ -455,11 +468,16 @@ def test_what_to_do_next_is_said_last(capsys, photos, plan, profile, monkeypatch
         ("profile", PROFILE | {"--out": "absent/profile.json"}),
         ("schedule", SCHEDULE | {"--out": "absent/schedule.json"}),
         ("tune", TUNE | {"--out": "absent/plan.json"}),
+        # Nobody can make files in /sys, not even root.
+        ("profile", PROFILE | {"--out": "/sys/profile.json"}),
+        ("schedule", SCHEDULE | {"--out": "/sys/schedule.json"}),
+        ("tune", TUNE | {"--out": "/sys/plan.json"}),
+        ("report", REPORT | {"--out": "/sys/report.html"}),
         ("tune", {name: value for name, value in TUNE.items() if name != "--ratio"}),
         ("profile", PROFILE | {"--model": "convnext_tiny"}),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_loaded(capsys, photos, profile, monkeypatch, name, options):
+def test_what_is_wrong_is_said_before_anything_is_loaded(capsys, photos, profile, plan, monkeypatch, name, options):
     for long in ("options.create_model", "tuning.load_images"):
         monkeypatch.setattr(f"vwt.commands.{long}", lambda *_, **__: pytest.fail("came too late"))
     one_line(*run(capsys, call(name, options)))

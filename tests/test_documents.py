@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vwt.documents import is_number, load_document, save_document, write_json
+from vwt.documents import check_writable, is_number, load_document, save_document, write_json
 from vwt.errors import DocumentError, VWTError
 
 FIELDS = {"rows": [1, 2.5, None], "name": "α", "nested": {"deep": [True]}}
@@ -199,3 +199,9 @@ def test_what_is_a_number(value, answer):
 def test_the_error_can_be_caught_as_any_of_vwt(path):
     with pytest.raises(VWTError):
         load(path.parent)
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys"), reason="needs a folder in which not even root can make files")
+def test_a_folder_in_which_nothing_can_be_written():
+    with pytest.raises(DocumentError, match=r"cannot write the plan /sys/plan.json: [A-Z].*; choose another folder\Z"):
+        check_writable("/sys/plan.json", "plan")

@@ -2,12 +2,13 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vwt.errors import DocumentError, brief
+from vwt.errors import DocumentError, VWTError, brief
 
 
 def is_number(value: Any) -> bool:
@@ -42,6 +43,19 @@ def check_writable(path: str | os.PathLike[str], kind: str) -> None:
         raise DocumentError(
             f"cannot write the {kind} {path}: there is no such folder, or it is one; choose another file"
         )
+    check_folder(path, f"the {kind} {path}")
+
+
+def check_folder(path: Path, name: str, refusal: type[VWTError] = DocumentError) -> None:
+    """Raise `refusal`, before long work, unless files can be made in the folder of `path`; `name` is what it is called.
+
+    A file is made there for a moment, as a folder's mode says nothing of disks that are mounted for reading only.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise refusal(f"cannot write {name}: {error.strerror}; choose another folder") from error
 
 
 def make_document(kind: str, version: int, fields: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,13 @@ def test_an_unknown_name(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_unknown_tag():
+    with pytest.raises(
+        ModelError, match=r"no weights 'test_vit.nonsense'; see timm.list_pretrained\('test_vit\.\*'\)\Z"
+    ):
+        find_support("test_vit.nonsense")
+
+
 def test_a_model_that_cannot_be_made_without_memory(monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no kernel\nfor meta")

@@ -60,7 +60,7 @@ def _build(arguments: argparse.Namespace) -> int:
     )
     engine = Engine(arguments.engine, arguments.num_workers, arguments.address, arguments.gpus_per_worker)
     # All that is wrong is said before weights are fetched.
-    if not arguments.out.endswith((".zarr", ".zarr.zip")):
+    if not Path(arguments.out).name.endswith((".zarr", ".zarr.zip")):  # a shell may end it with a slash
         raise CodebookError(f"cannot write a codebook to {arguments.out}; expected NAME.zarr or NAME.zarr.zip")
     if not Path(arguments.out).absolute().parent.is_dir():
         raise CodebookError(f"cannot write {arguments.out}: there is no such folder; make it, or choose another place")

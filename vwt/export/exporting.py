@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.data import resolve_data_config
 from torch import Tensor
 
+from vwt.documents import check_folder
 from vwt.errors import ArgumentError, ExportError
 from vwt.export.formats import FORMATS, Format, Run
 from vwt.export.quantising import quantise_onnx
@@ -89,11 +90,7 @@ def check_target(path: str | os.PathLike[str], batch_size: int = 1) -> Format:
     check_runtime(FORMATS[path.suffix].runtime)
     if path.is_dir():
         raise ExportError(f"cannot write {path}: it is a folder; choose another file")
-    try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    check_folder(path, str(path), ExportError)
     return FORMATS[path.suffix]
 
 

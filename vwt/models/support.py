@@ -44,12 +44,17 @@ def find_support(name: str, **options: Any) -> Support:
     Raises:
         ModelError: if there is no such model, or it cannot be made without memory.
     """
-    if not timm.is_model(name.split(".")[0]):
+    kind, _, tag = name.partition(".")
+    if not timm.is_model(kind):
         return _find_class_support(name)
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **options)
     except Exception as error:  # whatever a model does when it is made
+        if tag and "pretrained tag" in str(error):
+            raise ModelError(
+                f"timm {timm.__version__} has no weights {name!r}; see timm.list_pretrained('{kind}.*')"
+            ) from error
         if options:
             given = ", ".join(f"{option}={value!r}" for option, value in options.items())
             raise ModelError(f"timm {timm.__version__} cannot make {name} with {given}: {first_line(error)}") from error

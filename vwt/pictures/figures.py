@@ -5,14 +5,19 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from vwt.documents import replacing
+from vwt.documents import check_folder, replacing
 from vwt.errors import ArgumentError, DocumentError
 
 SLIDE = 13.33  # inches, the width of a slide
 
 
 def check_picture(path: str | os.PathLike[str] | None) -> None:
-    """Raise ArgumentError, before anything is measured, if a picture is asked for that cannot be drawn."""
+    """Raise, before anything is measured, if a picture is asked for that cannot be drawn.
+
+    Raises:
+        ArgumentError: without matplotlib, or for another name.
+        DocumentError: for a folder that cannot be written.
+    """
     if path is None:
         return
     path = Path(path)
@@ -20,6 +25,7 @@ def check_picture(path: str | os.PathLike[str] | None) -> None:
         raise ArgumentError("pictures need matplotlib; pip install 'vwt[plots]'")
     if path.suffix.lower() not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
         raise ArgumentError(f"cannot draw {path}; expected a .png, .svg or .pdf in a folder that exists")
+    check_folder(path, str(path))
 
 
 def subplots(rows: int, columns: int, size: tuple[float, float] = (2.4, 2.5)) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vwt.documents import make_document, replacing
+from vwt.documents import check_folder, make_document, replacing
 from vwt.errors import ArgumentError, DocumentError
 from vwt.measure.environment import hardware
 from vwt.pictures.answers import Answers, Photographs, answer, load_photographs
@@ -37,7 +37,7 @@ def check_report(path: str | os.PathLike[str] | None) -> None:
 
     Raises:
         ArgumentError: without Altair, Jinja or vl-convert.
-        DocumentError: for a name that does not end in .html, or a folder that does not exist.
+        DocumentError: for a name that does not end in .html, or a folder that does not exist or cannot be written.
     """
     if path is None:
         return
@@ -49,6 +49,7 @@ def check_report(path: str | os.PathLike[str] | None) -> None:
         raise DocumentError(f"cannot write the report {path}; expected a name that ends in .html")
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise DocumentError(f"cannot write the report {path}: there is no such folder, or it is one; make it first")
+    check_folder(path, f"the report {path}")
 
 
 def write_report(
