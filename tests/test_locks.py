@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -31,3 +32,13 @@ def test_a_place_that_cannot_be_written(tmp_path, make):
     make(tmp_path / "file")
     with pytest.raises(ArgumentError, match=r"cannot write .*/w: (File exists|Not a directory); choose another place"):
         locked(tmp_path / "file" / "x.lock", tmp_path / "w", ArgumentError).__enter__()
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(DocumentError, match=r"cannot write .*/w: No space left on device; choose another place"):
+        locked(tmp_path / "x.lock", tmp_path / "w", DocumentError).__enter__()
+    assert os.listdir(tmp_path) == []

@@ -53,15 +53,23 @@ def _acquire(path: Path, place: Path, refusal: type[VWTError]) -> IO[str]:
         try:
             _lock(file, place, refusal)
             if not left or _is_there(file, path):  # else who held it has just removed it
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
+                _sign(file, path)
                 return file
         except BaseException:
             file.close()
             raise
         file.close()
     raise AssertionError("the last attempt returns or raises")
+
+
+def _sign(file: IO[str], path: Path) -> None:
+    """Write who holds a lock; it is removed where the disk is full."""
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _is_there(file: IO[str], path: Path) -> bool:

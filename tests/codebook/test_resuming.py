@@ -43,6 +43,12 @@ def test_folder_of_a_complete_build_is_removed(tmp_path):
     assert not folder.exists()
 
 
+def test_folder_of_a_build_that_had_not_begun_is_removed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "w.zarr"):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
 def test_folder_of_a_build_in_memory_is_removed():
     with begin(None) as folder:
         (folder / "state").touch()

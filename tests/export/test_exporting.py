@@ -218,6 +218,26 @@ def test_places_where_nothing_can_be_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["taken.onnx"]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "error"),
+    [(".onnx", OSError(28, "No space left on device")), (".xml", RuntimeError("No space left on device"))],
+)
+def test_a_disk_that_is_full(suffix, error, fast, images, tmp_path, monkeypatch):
+    need(suffix)
+
+    def fill(*arguments, **options):
+        raise error
+
+    if suffix == ".onnx":
+        monkeypatch.setitem(exporting.FORMATS, ".onnx", replace(FORMATS[".onnx"], write=fill))
+    else:
+        monkeypatch.setattr("vwt.export.formats.write_onnx", lambda *_: None)
+        monkeypatch.setattr("openvino.Core.read_model", fill)
+    with pytest.raises(ExportError, match="No space left on device"):
+        export(fast, tmp_path / f"fast{suffix}", images, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_does_not_fit_is_said_before_the_work(fast, images, tmp_path, monkeypatch):
     need(".onnx")
     unused = replace(FORMATS[".onnx"], write=None, open=None)

@@ -53,14 +53,15 @@ def work_folder(target: Path | None, *, resume: bool, overwrite: bool) -> Iterat
                 _clear(folder)
             yield folder
             _clear(folder)
-        with suppress(OSError):  # another build may have begun there
-            folder.rmdir()
     except OSError as error:
         if error.errno not in _OF_DISKS:
             raise
         raise CodebookError(
             f"could not write {error.filename or folder}: {error.strerror or error}; {resume_advice(error)}"
         ) from error
+    finally:
+        with suppress(OSError):  # it holds an interrupted build, or that of another process
+            folder.rmdir()
 
 
 def _clear(folder: Path) -> None:

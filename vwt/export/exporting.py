@@ -4,7 +4,8 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -144,8 +145,8 @@ def export(
     named = "int8" if int8 else precision
     metadata = {KEY: json.dumps(describe(fast, images, named, plan))}
     images, step = images.float(), Steps(4 if int8 else 3, progress)
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
-        fresh, whole = Path(folder) / path.name, Path(folder) / f"full{path.suffix}"
+    with _drafts(path) as folder:
+        fresh, whole = folder / path.name, folder / f"full{path.suffix}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's exporters, about themselves
             step(f"writing the reduced model for {kind.runtime}")
@@ -154,7 +155,7 @@ def export(
                 step(f"quantising it, calibrated on {CALIBRATED} images")
                 quantise_onnx(fresh, images[:CALIBRATED])
                 images = images[CALIBRATED:]
-            made = sorted(Path(folder).iterdir())
+            made = sorted(folder.iterdir())
             step("writing the model itself likewise, to compare with")
             kind.write(Answer(fast.model, written), images, whole, None)
         step(f"comparing the answers to {len(images)} images, and timing both")
@@ -164,6 +165,20 @@ def export(
         for file in made:
             os.replace(file, path.parent / file.name)
     return parity
+
+
+@contextmanager
+def _drafts(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, in which files are made that then take their places; it goes in the end.
+
+    Raises:
+        ExportError: if the disk refuses.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.stem}-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
 
 
 def check_int8(int8: bool, kind: Format) -> None:

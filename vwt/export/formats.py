@@ -102,10 +102,13 @@ def write_openvino(answer: nn.Module, example: Tensor, path: Path, metadata: Map
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
         write_onnx(answer, example, onnx)
-        model = openvino.Core().read_model(onnx)
-        for name, value in (metadata or {}).items():
-            model.set_rt_info(value, name)
-        openvino.save_model(model, path, compress_to_fp16=False)
+        try:
+            model = openvino.Core().read_model(onnx)
+            for name, value in (metadata or {}).items():
+                model.set_rt_info(value, name)
+            openvino.save_model(model, path, compress_to_fp16=False)
+        except RuntimeError as error:  # of its translation, or of the disk
+            raise _refuse(error, "OpenVINO") from error
 
 
 def open_openvino(path: Path, precision: str = "float32", shape: tuple[int, ...] | None = None) -> Run:
