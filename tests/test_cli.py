@@ -1,6 +1,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -229,6 +230,21 @@ def test_a_name_that_a_shell_completed(capsys):
 
 # -- show --------------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A codebook that serves all tests; in pixel space."""
+    folder = tmp_path_factory.mktemp("built")
+    images = str(write_images(folder / "images", 3))
+    assert main(command(PIXEL | {"--out": str(folder / "w.zarr")}, images)) == 0
+    return folder / "w.zarr"
+
+
+@pytest.fixture
+def words(folder, built):
+    shutil.copytree(built, folder / "w.zarr")
+
+
 SHOW = ["--model", "test_vit", "--checkpoint", "weights.safetensors", "--out", "out.png", "--quiet"]
 
 
@@ -256,8 +272,8 @@ SHOW = ["--model", "test_vit", "--checkpoint", "weights.safetensors", "--out", "
         ("images/a/000.jpg", ["--strategy", "intra:0.5", "--device", "nowhere"], "no device 'nowhere'"),
     ],
 )
+@pytest.mark.usefixtures("words")
 def test_show_errors_are_one_line(capsys, folder, image, options, message):
-    assert run(capsys, command(PIXEL))[0] == 0
     vwt.PruningSchedule({9: 1}).save("late.json")
     before = bytes_of(folder)
     assert re.search(message, one_line(*run(capsys, ["show", image, *SHOW, *options])))
@@ -271,7 +287,14 @@ def test_show_says_first_that_a_picture_cannot_be_written(capsys, monkeypatch):
     assert re.search(r"cannot write /sys/out.png: [A-Z].*; choose another folder", one_line(*run(capsys, shown)))
 
 
-@pytest.mark.parametrize("options", [["--strategy", "neighbours:0.2"], ["--strategy", "inter:w.zarr:0.3"], []])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--strategy", "neighbours:0.2"], marks=pytest.mark.slow),
+        ["--strategy", "inter:w.zarr:0.3"],
+        [],
+    ],
+)
 def test_show_draws(capsys, options):
     assert run(capsys, command(EMBEDDING))[0] == 0
     vwt.PruningSchedule({2: 10}).save("schedule.json")
@@ -318,8 +341,8 @@ def test_a_model_that_cannot_be_created_so(capsys, given, message):
     assert re.search(message, one_line(*run(capsys, call("profile", PROFILE, "--model-kwargs", given))))
 
 
-def test_read_strategy(capsys):
-    assert run(capsys, command(PIXEL))[0] == 0
+@pytest.mark.usefixtures("words")
+def test_read_strategy():
     assert repr(read_strategy("neighbours:0.22")) == "Neighbours(drop=0.22)"
     assert repr(read_strategy("intra:.5")) == "IntraImage(drop=0.5)"
     assert read_strategy("inter:w.zarr").threshold == 0.1

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from huggingface_hub import constants
 
 from tests.codebook.test_codebook import assert_same, codebook
 from tests.hub_server import TOKEN, serve
+from tests.matrix import matrix
 from tests.tuning.test_calibration import codebook_of, make_images
 from tests.tuning.test_plan import POINT, make_model, make_plan
 from tests.tuning.test_profile import make_profile
@@ -56,8 +58,14 @@ def repository_of(book, folder, **config):
 # -- codebooks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("space", ["pixel", "embedding"])
-@pytest.mark.parametrize("name", ["user/words", "hf-hub:user/words"])
+@pytest.mark.parametrize(
+    ("name", "space"),
+    matrix(
+        product(["user/words", "hf-hub:user/words"], ["pixel", "embedding"]),
+        ("user/words", "pixel"),
+        ("hf-hub:user/words", "embedding"),
+    ),
+)
 def test_a_codebook_there_and_back(hub, name, space):
     book = codebook(space, **({"mean": (0.0,) * 3, "std": (1.0,) * 3} if space == "pixel" else {}))
     address = book.push_to_hub(name)

@@ -1,10 +1,13 @@
 """The feature map back: what leaves the blocks, on the full grid."""
 
+from itertools import product
+
 import pytest
 import timm
 import torch
 from timm.models._features import FeatureGetterNet
 
+from tests.matrix import matrix
 from tests.test_tokenizer import SCHEDULES, STRATEGIES, make_images, make_model
 from vwt import IntraImage, Prune, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError
@@ -22,6 +25,8 @@ CALLS = {
     "early": {"stop_early": True, "indices": [1, 3]},
     "early and only": {"stop_early": True, "intermediates_only": True, "return_prefix_tokens": True, "indices": 1},
 }
+
+NO_PREFIX = {"class_token": False, "global_pool": "avg", "reg_tokens": 0}
 
 
 def same_shapes(one, other):
@@ -41,7 +46,7 @@ def images():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg", "reg_tokens": 0}], ids=["1", "0"])
+@pytest.mark.parametrize("options", matrix([{}, NO_PREFIX], {}), ids=["1", "0"])
 def test_unreduced_is_what_the_model_returns(images, name, options):
     model = make_model(**options)
     got, expected = (one.forward_intermediates(images, **CALLS[name]) for one in (VWTokenizer(model), model))
@@ -51,7 +56,7 @@ def test_unreduced_is_what_the_model_returns(images, name, options):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg", "reg_tokens": 0}], ids=["1", "0"])
+@pytest.mark.parametrize("options", matrix([{}, NO_PREFIX], {}), ids=["1", "0"])
 @pytest.mark.filterwarnings("ignore:IntraImage removed none")
 def test_dropping_nothing_is_what_the_model_returns(images, name, options):
     """By the way that reduced tokens take."""
@@ -65,8 +70,10 @@ def test_dropping_nothing_is_what_the_model_returns(images, name, options):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "strategy"),
+    matrix(product(SCHEDULES, STRATEGIES), *((name, "inter_pixel") for name in SCHEDULES), ("several", "intra")),
+)
 def test_the_last_map_is_that_of_the_features(images, strategy, schedule):
     model = make_model()
     fast = VWTokenizer(model, STRATEGIES[strategy](model), PruningSchedule(SCHEDULES[schedule]))

@@ -55,7 +55,7 @@ def images():
     return make_images()
 
 
-@pytest.fixture(params=STRATEGIES)
+@pytest.fixture(params=matrix(STRATEGIES, "intra", "inter_pixel"))
 def fast(request, small_vit):
     return VWTokenizer(small_vit, STRATEGIES[request.param](small_vit))
 
@@ -301,7 +301,7 @@ def test_a_deep_copy_gives_the_same_and_stands_alone(fast, images):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", matrix([torch.float16, torch.bfloat16], torch.bfloat16))
 def test_half_precision(fast, images, dtype):
     expected, words = fast(images), fast.tokenize(images)
     half = copy.deepcopy(fast).to(dtype)
@@ -511,8 +511,16 @@ def test_every_image_is_reduced_as_if_alone(reduced, images):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    matrix(
+        itertools.product(MODELS, STRATEGIES),
+        *((name, "inter_embedding") for name in MODELS),
+        ("avg", "none"),
+        ("all", "intra"),
+        ("token", "inter_pixel"),
+    ),
+)
 def test_reduced_forward_is_the_head_on_the_features(images, name, strategy):
     """Each patch of the full grid takes the value of its token, and each token is pooled as often as it has patches."""
     fast = make_reduced(strategy, "several", **MODELS[name])
@@ -593,7 +601,7 @@ def test_a_deep_copy_reduces_alike(images):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", matrix([torch.float16, torch.bfloat16], torch.bfloat16))
 def test_reduced_in_half_precision(reduced, images, dtype):
     """Which tokens go is a matter of rounding; how many is not, and the answer is near."""
     expected = reduced(images)
@@ -627,9 +635,14 @@ def test_the_gradient_reaches_every_parameter_through_reductions(reduced, images
     assert images.grad.any()
 
 
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("blocks", [(1,), (0, 5)], ids=repr)
-@pytest.mark.parametrize("strategy", ["none", "inter_pixel"])
+@pytest.mark.parametrize(
+    ("strategy", "blocks", "mode"),
+    matrix(
+        itertools.product(["none", "inter_pixel"], [(1,), (0, 5)], [True, False]),
+        ("none", (1,), False),
+        ("inter_pixel", (0, 5), True),
+    ),
+)
 def test_gradient_checkpointing_changes_no_gradient_through_reductions(images, strategy, blocks, mode):
     model = make_model()
     schedule = PruningSchedule({block: (Prune, Merge)[place % 2](9) for place, block in enumerate(reversed(blocks))})

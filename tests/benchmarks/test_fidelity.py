@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save, save_file
 
 import vwt
 from tests.holding import held_elsewhere
+from tests.matrix import matrix
 from vwt.datasets import ImageSource
 from vwt.models.create import create_model
 from vwt.models.spec import PatchSpec
@@ -234,18 +235,18 @@ def test_interrupted_latency_keeps_all_scores(run, monkeypatch):
     assert batches == [4, 3]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--seed", "3"],
-        ["--batch-size", "3"],
-        ["--limit", "5"],
-        ["--only", "random drop 0.4"],
-        ["--precision", "bfloat16"],
-        ["--checkpoint", "other.safetensors"],
-        ["--only", "from.json"],
-    ],
-)
+OTHERS = [
+    ["--seed", "3"],
+    ["--batch-size", "3"],
+    ["--limit", "5"],
+    ["--only", "random drop 0.4"],
+    ["--precision", "bfloat16"],
+    ["--checkpoint", "other.safetensors"],
+    ["--only", "from.json"],
+]
+
+
+@pytest.mark.parametrize("options", matrix(OTHERS, ["--limit", "5"], ["--only", "from.json"]))
 def test_interrupted_run_of_other_options_is_not_taken(run, monkeypatch, options):
     vwt.PruningSchedule({2: 10}).save("from.json")
     own = ["--only", "from.json", "--schedule", "from.json"] if options[-1] == "from.json" else []
@@ -259,7 +260,7 @@ def test_interrupted_run_of_other_options_is_not_taken(run, monkeypatch, options
     assert kept.exists(), "the interrupted run can still go on"
 
 
-@pytest.mark.parametrize("changed", ["tokenizer.py", "tokens/words.py"])
+@pytest.mark.parametrize("changed", matrix(["tokenizer.py", "tokens/words.py"], "tokens/words.py"))
 def test_interrupted_run_of_other_code_is_not_taken(run, monkeypatch, changed):
     interrupt(run, monkeypatch)
     batches, read, path_of = scored(monkeypatch), Path.read_bytes, Path(vwt.__file__).parent / changed
@@ -278,7 +279,7 @@ def test_changed_pictures_are_scored_again(run, monkeypatch, folder):
     assert found == rows(run, "--batch-size", "2")
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "other"])
+@pytest.mark.parametrize("damage", matrix(["short", "empty", "other"], "short"))
 def test_damaged_cache_is_made_anew(run, monkeypatch, damage):
     kept = interrupt(run, monkeypatch)
     other = save({"weight": torch.ones(3)})

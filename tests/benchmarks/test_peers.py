@@ -1,6 +1,7 @@
 """The comparators: equal to recorded outputs and to plain loops, and clear about what they do not take."""
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from peers.ppt import significance
 from peers.tome import match_pairs
 from timm.models.vision_transformer import ParallelScalingBlock
 
+from tests.matrix import matrix
 from vwt import Codebook, InterImage, VWTokenizer
 from vwt.errors import ArgumentError, ModelError
 from vwt.models.spec import PatchSpec
@@ -64,8 +66,7 @@ def images():
     return torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("r", [8, 13])
+@pytest.mark.parametrize(("r", "batch"), matrix(product([8, 13], [1, 8]), (13, 8)))
 def test_tome_recorded(shared, vit_tiny, r, batch):
     path = shared / "reference" / "tome_reference.npz"
     if not path.is_file():
@@ -78,7 +79,7 @@ def test_tome_recorded(shared, vit_tiny, r, batch):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("removed", [28, 56, 84])
+@pytest.mark.parametrize("removed", matrix([28, 56, 84], 56))
 def test_pomt_recorded(shared, vit_tiny, removed):
     path = shared / "reference" / "pomt_reference.npz"
     if not path.is_file():
@@ -105,8 +106,7 @@ def test_no_dependence_on_batch_mates(small_vit, images, make):
     assert not torch.allclose(alone, small_vit(images), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", EVERY)
-@pytest.mark.parametrize("r", [9, 45, 1000])
+@pytest.mark.parametrize(("r", "make"), matrix(product([9, 45, 1000], EVERY), *product([45], EVERY)))
 def test_lengths(small_vit, images, make, r):
     peer, seen = make(small_vit, everywhere(r)), []
     hooks = [block.norm1.register_forward_hook(lambda _, i, o: seen.append(o.shape[1])) for block in small_vit.blocks]
@@ -185,7 +185,7 @@ def test_padding_is_masked(small_vit, images):
     torch.testing.assert_close(padded(images), alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", matrix([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_low_precision(small_vit, images, dtype):
     model, images = small_vit.to(dtype), images.to(dtype)
     for peer in (*(make(model, {1: 9, 3: 20}) for make in EVERY), PadAndMask(make_fast(model, images, 0.9))):
@@ -315,9 +315,10 @@ def test_diffrate_ranks_by_class_attention(small_vit, images):
     assert not torch.allclose(peer(images), merging(images), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("width", "gmacs"), [(192, g) for g in DEIT["DeiT-Tiny"]] + [(384, g) for g in DEIT["DeiT-Small"]]
-)
+RATES = [(192, gmacs) for gmacs in DEIT["DeiT-Tiny"]] + [(384, gmacs) for gmacs in DEIT["DeiT-Small"]]
+
+
+@pytest.mark.parametrize(("width", "gmacs"), matrix(RATES, RATES[0], RATES[-1]))
 def test_diffrate_rates(width, gmacs):
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=width).eval()
     peer = DiffRate.published(model, gmacs)

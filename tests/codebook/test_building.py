@@ -11,6 +11,7 @@ from PIL import Image
 
 import vwt
 from tests.codebook.test_codebook import assert_same, bytes_of
+from tests.matrix import matrix
 from tests.test_datasets import write_images
 from vwt.codebook import building
 from vwt.codebook.building import first_of_twins, run_build
@@ -27,7 +28,8 @@ KINDS = [
     for backend in ("faiss", "sklearn")
     for spherical in (True, False)
 ]
-kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+QUICK_KINDS = [KINDS[0], KINDS[3], KINDS[4]]  # either space and backend, spherical or not
+kinds = pytest.mark.parametrize("kind", matrix(KINDS, *QUICK_KINDS), ids=lambda kind: "-".join(map(str, kind.values())))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +217,7 @@ def test_sample_is_bounded_and_counts_are_of_everything(images, small_vit, monke
     assert len(set(image.tolist())) > 6  # of images all over the stream
 
 
-@pytest.mark.parametrize("shard_images", [1, 5, 32])
+@pytest.mark.parametrize("shard_images", matrix([1, 5, 32], 5))
 def test_words_are_counted_in_some_images_if_asked(images, small_vit, monkeypatch, shard_images):
     monkeypatch.setattr(building, "SHARD_IMAGES", shard_images)
     whole, _ = build(images, small_vit)

@@ -90,6 +90,7 @@ def test_an_exported_program_takes_any_number_of_images(name, pool, schedule):
         torch.testing.assert_close(program(batch), fast(batch), **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_strict_export():
     fast, (images, others) = VWTokenizer(make_model(), IntraImage(0.4)), make_batches()

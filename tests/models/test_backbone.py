@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from tests.matrix import matrix
 from vwt import Codebook, InterImage, IntraImage, VWTokenizer
 from vwt.errors import ImageError, ModelError
 from vwt.models.backbone import Backbone
@@ -54,6 +55,12 @@ OPTIONS = {
     "cut": {"img_size": 70, "image": (70, 70)},
     "grey": {"in_chans": 1, "pretrained_cfg_overlay": {"mean": (0.5,), "std": (0.5,)}},
 }
+# Of the others, `make test` compares the answers with a loop, and leaves the rest to `make test-all`.
+QUICK = {
+    "class_token", "registers_only", "distilled_dynamic", "no_position", "clip", "avgmax_with_prefix", "map",
+    "dynamic_img_pad", "no_square", "grey",
+}  # fmt: skip
+by_option = pytest.mark.parametrize("option", matrix(OPTIONS, *QUICK))
 ARGUMENTS = {"num_classes": 10, "img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
 
 
@@ -98,7 +105,7 @@ def slow_forward(model, images, words):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("option", OPTIONS)
+@by_option
 def test_no_strategy_is_the_model_bit_for_bit(option):
     model, images = make_pair(option)
     fast = VWTokenizer(model)
@@ -119,7 +126,7 @@ def test_reduced_equals_a_loop(option):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("option", OPTIONS)
+@by_option
 @pytest.mark.parametrize("make", [lambda *_: IntraImage(0.5), make_strategy], ids=["intra", "inter"])
 def test_the_output_is_that_of_the_full_grid(option, make):
     model, images = make_pair(option)
@@ -130,7 +137,7 @@ def test_the_output_is_that_of_the_full_grid(option, make):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("option", OPTIONS)
+@by_option
 def test_dropping_nothing_is_the_model(option):
     model, images = make_pair(option)
     fast = VWTokenizer(model, IntraImage(0.0))
@@ -138,7 +145,7 @@ def test_dropping_nothing_is_the_model(option):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("option", OPTIONS)
+@by_option
 def test_embed(option):
     model, images = make_pair(option)
     backbone = Backbone(model)

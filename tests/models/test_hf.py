@@ -148,7 +148,7 @@ REDUCED = [(strategy, schedule) for strategy in STRATEGIES for schedule in SCHED
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", matrix([1, 5], 5))
 def test_unreduced_is_the_model(model, batch):
     images = make_images()[:batch]
     fast, expected = VWTokenizer(model), model(images)
@@ -420,6 +420,7 @@ def test_a_model_that_holds_a_supported_one_is_told_which(make, part):
     VWTokenizer(model.get_submodule(str(e.value).split("'")[1]))
 
 
+@pytest.mark.slow
 def test_transformers_is_not_imported_without_need():
     code = (
         "import sys, timm, vwt; vwt.VWTokenizer(timm.create_model('test_vit'), vwt.IntraImage(0.3));"

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from tests.matrix import matrix
 from tests.models.test_hf import CLOSE, NORMALISATION, SCHEDULES, STRATEGIES, WIDE, make_images
 from vwt import IntraImage, LatencyProfile, Merge, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, ImageError, ModelError
@@ -95,7 +96,7 @@ def test_unreduced_is_the_model(name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("strategy", "schedule"), REDUCED)
+@pytest.mark.parametrize(("strategy", "schedule"), matrix(REDUCED, ("none", "merge"), ("pixel", "prune")))
 def test_reduced(name, strategy, schedule):
     model, fast = make_fast(name, strategy, schedule)
     images, inputs = make_images(), MODELS[name][1]
@@ -120,7 +121,7 @@ def test_reduced(name, strategy, schedule):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("strategy", "schedule"), REDUCED)
+@pytest.mark.parametrize(("strategy", "schedule"), matrix(REDUCED, ("pixel", "merge")))
 def test_captions_are_those_of_the_image_alone(strategy, schedule):
     model, fast = make_fast("caption", strategy, schedule)
     images, asked = make_images(), {"max_new_tokens": 8, "output_scores": True, "return_dict_in_generate": True}

@@ -131,8 +131,8 @@ def test_meta():
         ("vit_tiny_patch16_224", {"img_size": 64, "in_chans": 4}, (4, 64, 64)),
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}, (3, 48, 80)),
         ("vit_tiny_patch16_224", {"img_size": (48, 80)}, (3, 48, 80)),
-        ("vit_tiny_patch16_384", {}, (3, 384, 384)),
-        ("vit_small_patch14_dinov2", {"num_classes": 10}, (3, 518, 518)),
+        pytest.param("vit_tiny_patch16_384", {}, (3, 384, 384), marks=pytest.mark.slow),
+        pytest.param("vit_small_patch14_dinov2", {"num_classes": 10}, (3, 518, 518), marks=pytest.mark.slow),
     ],
 )
 def test_images_of_other_sizes_and_channels(name, options, shape):

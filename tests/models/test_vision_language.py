@@ -155,7 +155,7 @@ def alone(model, inputs, counts, row):
     return own
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=matrix(MODELS, "llava", "llava-next", "paligemma"))
 def name(request):
     return request.param
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.matrix import matrix
 from tests.reductions.cases import (
     CLOSE,
     MODELS,
@@ -211,7 +212,7 @@ def check_images_alone(encode, packed):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("patches", [(9, 9), (3, 9, 1), (16, 2)], ids=repr)
-@pytest.mark.parametrize("name", ["class_token", "no_prefix", "registers"])
+@pytest.mark.parametrize("name", matrix(["class_token", "no_prefix", "registers"], "registers"))
 @pytest.mark.parametrize("schedule", ABSORBING)
 def test_absorbing_image_by_image(schedule, name, patches):
     model = make_model(**MODELS[name])

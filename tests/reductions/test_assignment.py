@@ -1,8 +1,11 @@
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.matrix import matrix
 from tests.reductions.cases import CLOSE, KINDS, as_sizes, random, sequences
 from vwt.reductions.absorb import absorb
 from vwt.reductions.merge import match
@@ -33,8 +36,9 @@ def assign(kind, metric, removed, prefix):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sized", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sized", "dtype"), matrix(product([True, False], [torch.float16, torch.bfloat16]), (True, torch.float16))
+)
 def test_means_in_half_precision_are_summed_in_float32(kind, sized, dtype):
     tokens = random(2, 4002, 3, dtype=torch.float32).to(dtype) + 1
     sizes = torch.full((2, 4002), 3.0) if sized else None

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.matrix import matrix
 from tests.test_tokenizer import make_images
 from vwt.codebook.codebook import Codebook
 from vwt.errors import ArgumentError, MismatchError
@@ -87,7 +88,7 @@ def slow_inter(features, words, threshold):
     return list(tokens.values())
 
 
-@pytest.mark.parametrize("words", [1, 3, 8, 40, 200], ids="K={}".format)
+@pytest.mark.parametrize("words", matrix([1, 3, 8, 40, 200], 3, 8, 40), ids="K={}".format)
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.4, 1.0, 2.0])
 def test_inter_equals_a_plain_reference(words, threshold):
     """K below, at and above the feature width of 8: unmatched patches must never share a token with strangers."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
+from tests.matrix import matrix
 from tests.reductions.cases import make_model
 from tests.strategies.test_strategies import make_codebook
 from tests.test_datasets import write_images
@@ -69,6 +70,9 @@ REDUCTIONS = [
 ]
 
 
+BOTH = {1: Absorb(0.3), 2: Merge(0.2)}
+
+
 def codebook_of(images):
     """Some patches of the first image as words."""
     model = make_model()
@@ -99,7 +103,7 @@ def check_evaluated(calibration, model, strategy, reductions):
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-@pytest.mark.parametrize("keep", [0, 1, 64])
+@pytest.mark.parametrize("keep", matrix([0, 1, 64], 64))
 @pytest.mark.parametrize("reductions", REDUCTIONS, ids=repr)
 def test_reductions_change_what_they_change_in_the_model(reductions, keep, pool):
     model = make_model(global_pool=pool)
@@ -110,7 +114,7 @@ def test_reductions_change_what_they_change_in_the_model(reductions, keep, pool)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("reductions", [{}, {0: 0.2}, {1: Absorb(0.3), 2: Merge(0.2)}], ids=repr)
+@pytest.mark.parametrize("reductions", matrix([{}, {0: 0.2}, BOTH], BOTH), ids=repr)
 def test_strategies_change_what_they_change_in_the_model(name, reductions):
     model, strategy = make_model(), STRATEGIES[name]()
     calibration = make_calibration(64, model)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.matrix import matrix
 from tests.reductions.cases import make_model
 from vwt.errors import ArgumentError, DocumentError, ImageError, MismatchError, ModelError
 from vwt.reductions.absorb import Absorb
@@ -110,7 +111,7 @@ REDUCED = [
 ]
 
 
-@pytest.mark.parametrize("patches", [None, 16, 9, 3])
+@pytest.mark.parametrize("patches", matrix([None, 16, 9, 3], None, 9))
 @pytest.mark.parametrize("pool", [True, False], ids=["token", "all"])
 @pytest.mark.parametrize("reductions", REDUCED, ids=repr)
 def test_predictions_are_the_sum_of_the_parts(reductions, pool, patches):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.matrix import matrix
 from tests.models.test_vision_language import MODELS, make_images, make_inputs, make_model
 from tests.reductions.cases import make_model as make_classifier
 from vwt import Absorb, Merge, Plan, Prune, VWTokenizer, tune
@@ -60,7 +61,7 @@ def test_a_tower_of_which_no_block_is_read():
     assert "leave it as it is" in str(plan)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", matrix(MODELS, "llava", "paligemma"))
 def test_a_plan_for_each_class(name):
     model = make_model(name)
     plan = tune(model, prompts=[make_inputs(model, (1,)), make_inputs(model, (1, 2))], agreement=0.01, **QUIET)

@@ -393,7 +393,10 @@ def test_notes_of_other_code_are_not_used(tmp_path, monkeypatch, small):
     assert len(small) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"of": 3}', '{"of": "x", "profile": {}, "measured": {}}'])
+DAMAGED = ["", "{", "[]", "null", '{"of": 3}', '{"of": "x", "profile": {}, "measured": {}}']
+
+
+@pytest.mark.parametrize("text", matrix(DAMAGED, "{", DAMAGED[-1]))
 def test_damaged_notes_are_not_used(tmp_path, small, text):
     (tmp_path / "notes").write_text(text)
     assert run(ratio=0.8, notes=tmp_path / "notes").goal == {"ratio": 0.8}
@@ -401,7 +404,10 @@ def test_damaged_notes_are_not_used(tmp_path, small, text):
     assert not (tmp_path / "notes").exists()
 
 
-@pytest.mark.parametrize("changes", [{"measured": None}, {"measured": ...}, {"profile": {"depth": 4}}], ids=repr)
+PARTS = [{"measured": None}, {"measured": ...}, {"profile": {"depth": 4}}]
+
+
+@pytest.mark.parametrize("changes", matrix(PARTS, PARTS[-1]), ids=repr)
 def test_notes_that_are_damaged_in_part(tmp_path, monkeypatch, small, changes):
     notes = tmp_path / "notes"
     with monkeypatch.context() as patch:
