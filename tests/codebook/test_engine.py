@@ -93,6 +93,21 @@ def test_results_on_another_file_system(tmp_path):
     assert not any((tmp_path / "shards").iterdir())
 
 
+def test_builds_into_two_places_may_share_the_folder_for_results(tmp_path, monkeypatch):
+    shared, others = ["--work", f"file://{tmp_path}/shards"], [tmp_path / "x.zarr"]
+
+    def run(self, work, shards):
+        for shard in shards:
+            yield from work([shard])
+            if others:
+                assert build(others.pop(), *shared) == 0
+
+    monkeypatch.setattr(Engine, "run", run)
+    assert build(tmp_path / "w.zarr", *shared) == 0
+    assert others == []
+    assert not any((tmp_path / "shards").iterdir())
+
+
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -187,7 +187,9 @@ class _Build:
         self.timed = Stopwatch()
         self.report = BuildReport(seconds=self.timed.seconds)
         self.what = self._describe()
-        digest = hashlib.sha256(json.dumps(self.what, sort_keys=True).encode()).hexdigest()[:16]
+        # Builds of equal codebooks into different places have results of their own, which each removes in the end.
+        own = json.dumps([self.what, str(folder.resolve())], sort_keys=True)
+        digest = hashlib.sha256(own.encode()).hexdigest()[:16]
         self.results = ShardStore(f"{work.rstrip('/')}/{digest}" if work else str(folder / "shards"))
         self.shard_images = max(SHARD_IMAGES, -(-len(self.stream) // SHARDS))
         self.patches, self.width = features.shape()
