@@ -46,7 +46,8 @@ $(OLDEST_READY): pyproject.toml constraints.txt constraints-oldest.txt
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
-# Every capability, on one case or a few; `test-all` adds the matrices of models, spaces and precisions.
+# Every capability, on one case or a few; `test-all` adds the matrices of models, spaces and precisions, builds that are
+# killed, and compilers.
 test: $(READY)
 	$(BIN)/python $(PYTEST) -m "not slow"
 
