@@ -22,6 +22,7 @@ from vwt.codebook.config import BuildConfig, BuildReport
 from vwt.commands import OPTIONS
 from vwt.commands.building import build_summary
 from vwt.commands.pictures import read_strategy
+from vwt.errors import DataError
 from vwt.tuning import tune as tuning
 from vwt.tuning.plan import Point
 
@@ -194,6 +195,21 @@ def interrupted(*_, **__):
 
 def test_interrupt_is_one_line_with_the_way_on(capsys, monkeypatch):
     monkeypatch.setattr("vwt.commands.building.run_build", interrupted)
+    status, out, err = run(capsys, command(PIXEL))
+    assert (status, out, err.strip()) == (130, "", "vwt: interrupted; go on with --resume")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("trying to pop from empty mode stack"), DataError("nothing was read")])
+def test_what_fails_since_it_was_interrupted_is_an_interrupt(capsys, monkeypatch, error):
+    """As torch does where the interrupt meets the code that leaves a mode."""
+
+    def fail(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise error
+
+    monkeypatch.setattr("vwt.commands.building.run_build", fail)
     status, out, err = run(capsys, command(PIXEL))
     assert (status, out, err.strip()) == (130, "", "vwt: interrupted; go on with --resume")
 

@@ -84,17 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     given = sys.argv[1:] if argv is None else argv
     arguments = argparse.Namespace(if_interrupted="", command_line=shlex.join(["vwt", *given]))
-    try:
+
+    def run() -> int:
         _parser().parse_args(given, arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where: print(f"vwt: {message}", file=sys.stderr)
             return int(arguments.run(arguments))
-    except VWTError as error:
-        print(f"vwt: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nvwt: interrupted{arguments.if_interrupted}", file=sys.stderr)
-        return 130
+
+    return _status("vwt", run, lambda: arguments.if_interrupted)
 
 
 def run_script(
@@ -109,15 +106,28 @@ def run_script(
     parser = Parser(prog=name, description=description, formatter_class=_ScriptFormatter)
     add_options(parser)
     arguments = parser.parse_args(argv)
+    return _status(name, lambda: run(arguments), lambda: f"; {if_interrupted}")
+
+
+def _status(name: str, run: Callable[[], int | None], if_interrupted: Callable[[], str]) -> int:
+    """The exit status of what is run; its errors, and interrupts, are one line."""
     try:
-        run(arguments)
-    except VWTError as error:
+        return run() or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if _is_interrupt(error):
+            print(f"\n{name}: interrupted{if_interrupted()}", file=sys.stderr)
+            return 130
+        if not isinstance(error, VWTError):
+            raise
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; {if_interrupted}", file=sys.stderr)
-        return 130
-    return 0
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is an interrupt, or came of one: what is left half done fails in ways of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _parser() -> argparse.ArgumentParser:
