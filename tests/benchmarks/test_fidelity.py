@@ -354,7 +354,7 @@ def test_whole_table(run):
         assert (own["tokens"], paper["tokens"]) == pytest.approx((tokens, tokens))
         assert own["kl"] == pytest.approx(paper["kl"], abs=1e-5)
     measured = [row for row in found.values() if "note" not in row]
-    assert len(found) - len(measured) == 12 + 3 + 2  # of a model so small, of DiffRate's rates, and of PPT's block 9
+    assert len(found) - len(measured) == 13 + 3 + 2  # of a model so small, of DiffRate's rates, and of PPT's block 9
     for row in measured:
         assert row["kl_low"] <= row["kl"] + 1e-12
         assert row["kl"] <= row["kl_high"] + 1e-12
