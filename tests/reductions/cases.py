@@ -48,7 +48,7 @@ def check_assignment(assignment, groups, sequence, operation):
     batch, prefix, patches, sizes, key_size = sequence
     tokens = random(batch, prefix + patches, 3, dtype=torch.float64)
     fewer, total = assignment.apply(tokens, as_sizes(sizes))
-    new = operation.key_size(assignment, as_sizes(key_size), as_sizes(sizes), total)
+    new = operation.key_size(assignment, as_sizes(key_size), as_sizes(sizes), total, 0.25)
     assert assignment.target.tolist() == [slow_target(group) for group in groups]
     assert torch.equal(fewer[:, :prefix], tokens[:, :prefix])
     for image, group in enumerate(groups):
@@ -60,7 +60,7 @@ def check_assignment(assignment, groups, sequence, operation):
             assert new is None
         else:
             count = [1] * (prefix + patches) if key_size is None else key_size[image]
-            assert new[image].tolist() == pytest.approx(slow_key_size(group, count, sums, prefix, operation))
+            assert new[image].tolist() == pytest.approx(slow_key_size(group, count, sums, prefix, operation, 0.25))
 
 
 def kept_patches(assignment):

@@ -103,13 +103,13 @@ def slow_target(groups):
     return [token for _, token in sorted((patch, token) for token, group in enumerate(groups) for patch in group)]
 
 
-def slow_key_size(groups, key_size, total, prefix, operation):
+def slow_key_size(groups, key_size, total, prefix, operation, following):
     """How often attention counts each token: a merged one as often as its parts, the mean of several once.
 
-    After absorbing, by what it stands for, whatever came before.
+    After absorbing, by what it stands for and the share of the blocks that follow, whatever came before.
     """
     if operation is Absorb:
-        return [1 + 0.7 * (size - 1) for size in total]
+        return [1 + (1 - 0.4 * following) * (size - 1) for size in total]
     new = key_size[:prefix] + [sum(key_size[prefix + patch] for patch in group) for group in groups]
     if operation is Prune and len(groups[-1]) > 1:
         new[-1] = 1
@@ -145,7 +145,9 @@ def slow_encode(model, tokens, sizes, schedule):
                 removed = min(reduction.wanted(len(parts)), len(parts) - 1)
                 groups = slow_absorb(tokens[prefix:].tolist(), slow_received(query, key, prefix, bias), removed)
             tokens, sizes = slow_apply(groups, tokens, sizes, prefix, operation)
-            key_size = slow_key_size(groups, key_size, sizes, prefix, operation)
+            key_size = slow_key_size(
+                groups, key_size, sizes, prefix, operation, (len(model.blocks) - 1 - index) / len(model.blocks)
+            )
             bias_on_self = bias_on_self and operation is not Absorb
             parts = [[part for patch in group for part in parts[patch]] for group in groups]
         tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))

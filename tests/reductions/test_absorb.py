@@ -94,7 +94,9 @@ def test_known_answers_of_what_absorbs():
     mean = [(2 * 2 * 1 + 3 * 6) / 7, (2 * 2 * 1 + 3 * 6) / 7, -4.0, -4.0]
     torch.testing.assert_close(fewer, torch.tensor([[mean, patches[0, 2].tolist()]]))
     assert total.tolist() == [[5.0, 5.0]]
-    torch.testing.assert_close(Absorb.key_size(assignment, None, None, total), torch.tensor([[3.8, 3.8]]))
+    for following, expected in {0.0: 5.0, 0.75: 3.8, 0.25: 4.6}.items():  # 1 + 4 (1 - 0.4 f)
+        key_size = Absorb.key_size(assignment, None, None, total, following)
+        torch.testing.assert_close(key_size, torch.full((1, 2), expected))
 
 
 @given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5))
@@ -232,7 +234,7 @@ def test_absorbing_between_halves(patches, amount, prefix, sized):
         return tokens
 
     def encode(some):
-        return reduce_after(attend, some, Absorb(amount), prefix, one_by_one=False)[0]
+        return reduce_after(attend, some, Absorb(amount), prefix, 0.5, one_by_one=False)[0]
 
     check_images_alone(encode, packed)
     encoded = encode(packed)
@@ -250,7 +252,7 @@ def test_absorbing_between_halves(patches, amount, prefix, sized):
         expected, sums = slow_apply(groups, tokens, size.tolist(), prefix, Absorb)
         torch.testing.assert_close(found, expected, **CLOSE)
         assert total.tolist() == sums
-        torch.testing.assert_close(key_size, 1 + 0.7 * (total - 1))
+        torch.testing.assert_close(key_size, 1 + 0.8 * (total - 1))
 
 
 @torch.inference_mode()

@@ -83,5 +83,5 @@ def test_removing_nothing_of_an_image_changes_nothing_of_it(kind, patches):
     back = assignment.target[0] + 1
     torch.testing.assert_close(fewer[0, back], tokens[0, 1:])
     torch.testing.assert_close(total[0, back], sizes[0, 1:])
-    expected = 1 + 0.7 * (sizes - 1) if kind == "absorb" else key_size  # by what they stand for
-    torch.testing.assert_close(KINDS[kind].key_size(assignment, key_size, sizes, total)[0, back], expected[0, 1:])
+    expected = 1 + 0.8 * (sizes - 1) if kind == "absorb" else key_size  # by what they stand for
+    torch.testing.assert_close(KINDS[kind].key_size(assignment, key_size, sizes, total, 0.5)[0, back], expected[0, 1:])

@@ -112,7 +112,7 @@ def test_absorbing_adds_log_key_sizes_but_for_a_token_itself(patches):
     assert len(masks) == 3 * times
     for later, mask in enumerate(masks[times:]):
         total = runs[later % times]
-        bias = (0.7 * total + 0.3).log()[:, None, None].expand(-1, 1, total.shape[1], -1)
+        bias = (0.8 * total + 0.2).log()[:, None, None].expand(-1, 1, total.shape[1], -1)
         torch.testing.assert_close(mask.expand(bias.shape), bias * (1 - torch.eye(bias.shape[-1])))
     assert not encoded.bias_on_self
     pruned, _ = backbone.encode_packed(packed, PruningSchedule({**schedule, 2: Prune(1)}))

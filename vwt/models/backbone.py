@@ -61,6 +61,10 @@ class Backbone:
         """Number of blocks."""
         return len(self.family.blocks)
 
+    def following(self, index: int) -> float:
+        """Share of the blocks that come after block `index`, in [0, 1)."""
+        return (self.depth - 1 - index) / self.depth
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the model was made for."""
@@ -247,28 +251,28 @@ class Backbone:
         first: Half | None = None  # the rest of a block whose tokens became fewer: it runs with the blocks that follow
         for index in sorted(index for index in reductions if start <= index < len(blocks)):
             packed = run_blocks(partial(self._run, blocks[start:index], before=first), packed, one_by_one=one_by_one)
-            packed, step, first = self._reduce_in(blocks[index], packed, reductions[index], one_by_one)
+            packed, step, first = self._reduce_in(index, packed, reductions[index], one_by_one)
             steps.append(step)
             start = index + 1
         rest = partial(self._run, blocks[start:], before=first, after=then)
         return run_blocks(rest, packed, one_by_one=one_by_one), steps
 
     def _reduce_in(
-        self, block: Any, packed: Packed, reduction: Reduction, one_by_one: bool
+        self, index: int, packed: Packed, reduction: Reduction, one_by_one: bool
     ) -> tuple[Packed, Step, Half | None]:
-        """Tokens through one block, in which they become fewer; what is left to do of it comes last.
+        """Tokens through block `index`, in which they become fewer; what is left to do of it comes last.
 
         Its hooks are called once, with (B, n, C), or (1, T, C) where images differ in their tokens.
         """
+        block, following = self.blocks[index], self.following(index)
         attention, mlp = self.halves(block)
         if not has_hooks(block):
-            return *reduce_after(attention, packed, reduction, self.prefix, one_by_one=one_by_one), mlp
+            return *reduce_after(attention, packed, reduction, self.prefix, following, one_by_one=one_by_one), mlp
         reduced: list[tuple[Packed, Step]] = []
 
         def forward(tokens: Tensor) -> Tensor:
-            fewer, step = reduce_after(
-                attention, packed.replace(tokens.flatten(0, 1)), reduction, self.prefix, one_by_one=one_by_one
-            )
+            there = packed.replace(tokens.flatten(0, 1))
+            fewer, step = reduce_after(attention, there, reduction, self.prefix, following, one_by_one=one_by_one)
             reduced.append((run_blocks(mlp, fewer, one_by_one=one_by_one), step))
             return _as_batch(reduced[0][0])
 
@@ -283,7 +287,8 @@ class Backbone:
         def whole(tokens: Tensor, inputs: BlockInputs | None) -> Tensor:
             return leave(self._run([self.blocks[index]], tokens, inputs))
 
-        return reduce_after(whole, packed, reduction, self.prefix, one_by_one=self._one_by_one(packed))
+        one_by_one = self._one_by_one(packed)
+        return reduce_after(whole, packed, reduction, self.prefix, self.following(index), one_by_one=one_by_one)
 
     def _one_by_one(self, packed: Packed) -> bool:
         """Whether images of different lengths have to run one after another."""

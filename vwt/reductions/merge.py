@@ -57,7 +57,9 @@ class Merge(Reduction):
         return attend
 
     @staticmethod
-    def key_size(assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor:
+    def key_size(
+        assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor, following: float
+    ) -> Tensor:
         """See `Reduction`: as often as tokens were merged into one."""
         if key_size is None:
             return total if sizes is None else assignment.sum(torch.ones_like(sizes))

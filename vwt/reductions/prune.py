@@ -40,7 +40,9 @@ class Prune(Reduction):
         return explicitly(seen, lambda query, key, value, weights: importance(query, key, value, prefix, weights))
 
     @staticmethod
-    def key_size(assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
+    def key_size(
+        assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor, following: float
+    ) -> Tensor | None:
         """See `Reduction`: the mean of several counts once."""
         if key_size is None:
             return None

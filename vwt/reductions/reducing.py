@@ -29,7 +29,7 @@ class Step:
 
 
 def reduce_after(
-    attention: Half, packed: Packed, reduction: Reduction, prefix: int, *, one_by_one: bool
+    attention: Half, packed: Packed, reduction: Reduction, prefix: int, following: float, *, one_by_one: bool
 ) -> tuple[Packed, Step]:
     """Run the first half of a block, and make fewer tokens of its output, each image's on its own account.
 
@@ -38,6 +38,7 @@ def reduce_after(
         packed: the sequences.
         reduction: what to do.
         prefix: P.
+        following: see `Reduction.key_size`.
         one_by_one: see `run_blocks`.
 
     Raises:
@@ -52,11 +53,13 @@ def reduce_after(
             "block out of the schedule, or create the model after timm.layers.set_fused_attn(True)"
         )
     assignments = [reduction.assign(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
-    after = _apply(reduction, assignments, before, runs)
+    after = _apply(reduction, assignments, before, runs, following)
     return after, Step(assignments, lengthen(after.lengths, -prefix))
 
 
-def _apply(reduction: Reduction, assignments: list[Assignment], packed: Packed, runs: list[Tensor]) -> Packed:
+def _apply(
+    reduction: Reduction, assignments: list[Assignment], packed: Packed, runs: list[Tensor], following: float
+) -> Packed:
     """Packed images of fewer tokens, with the sizes, key sizes and positions of these."""
     nothing: list[Tensor] | list[None] = [None] * len(runs)
     sizes = nothing if packed.sizes is None else packed.runs(packed.sizes)
@@ -64,7 +67,7 @@ def _apply(reduction: Reduction, assignments: list[Assignment], packed: Packed, 
     fewer = [own.apply(tokens, size) for own, tokens, size in zip(assignments, runs, sizes, strict=True)]
     values, totals = ([each[part] for each in fewer] for part in (0, 1))
     every = zip(assignments, key_sizes, sizes, totals, strict=True)
-    new_key_sizes = [own for own in (reduction.key_size(*each) for each in every) if own is not None]
+    new_key_sizes = [own for own in (reduction.key_size(*each, following) for each in every) if own is not None]
     lengths = _lengths(values)
     places = packed.places
     if places is not None:

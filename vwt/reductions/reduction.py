@@ -73,7 +73,9 @@ class Reduction:
         raise NotImplementedError
 
     @staticmethod
-    def key_size(assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor) -> Tensor | None:
+    def key_size(
+        assignment: Assignment, key_size: Tensor | None, sizes: Tensor | None, total: Tensor, following: float
+    ) -> Tensor | None:
         """How often attention counts each new token as a key (B, n'), None where once each.
 
         Args:
@@ -81,6 +83,7 @@ class Reduction:
             key_size: (B, n) float32, the same of the former tokens.
             sizes: (B, n) float32, patches that each of these stands for, None where all are 1.
             total: (B, n') float32, the same of the new ones.
+            following: share of the model's blocks that come after this one, in [0, 1).
         """
         raise NotImplementedError
 
