@@ -2,6 +2,7 @@
 
     python benchmarks/fidelity.py --model MODEL [--checkpoint FILE] --data FOLDER [--results-file NAME] [--plot FILE]
     python benchmarks/fidelity.py --model MODEL --data FOLDER --limit 1000 --no-latency
+    python benchmarks/fidelity.py --model MODEL --data FOLDER --only "in block 3" ToMe --runtime all
     python benchmarks/fidelity.py --model MODEL --data FOLDER --operators
 
 Fidelity: every variant (see `variants.py`) sees every image of the data set, or --limit of them drawn with the seed.
@@ -18,10 +19,11 @@ them on one image, what a reduction itself does included.
 Latency: afterwards, at batch 1, on --images of the images, all variants in turn (see benchmarks/latency.py). `ratio` is
 to the full model, the median over images of the ratio of medians over --runs; its interval is over images. `throughput`
 is in images a second, in batches of --batch-size (of --images, if these are fewer). This needs a quiet machine;
---no-latency leaves it out.
+--no-latency leaves it out. --runtime has a column for each runtime as well, each a ratio to the full model in the same
+runtime, measured in a process of its own; what cannot be exported is said.
 
-`front` says on which Pareto fronts (KL over tokens, KL over latency) a variant is. The second table has, for each
-comparator, the cheapest variant of vwt with at most its KL, and what it costs as a ratio to the comparator.
+`front` says on which Pareto fronts a variant is: KL over tokens, over latency, over latency in a runtime. The second
+table has, for each comparator, the cheapest variant of vwt with at most its KL, and what it costs as a ratio to it.
 
 --operators compares the operators alone: each removes as many patches in the same one block, with proportional
 attention where it merges. One row a block and count has the mean KL of each, `ratio` that of Absorb to the best of the
@@ -31,19 +33,19 @@ others, and the interval of their difference, image by image; a second table has
 import argparse
 import dataclasses
 import hashlib
-import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import harness
 import numpy as np
 import operators
-import timm
+import runtimes
 import torch
 from harness import WORDS, Bench, positive
 from image_cache import ImageCache
+from image_set import Images, open_images
 from results import (
     Panel,
     Row,
@@ -61,25 +63,25 @@ from variants import FULL, OURS, PEERS, Module, build, choose, mean_gmacs, mean_
 import vwt
 from vwt import InterImage
 from vwt.cli import run_script
-from vwt.datasets import Batch, ImageSource
 from vwt.errors import ArgumentError, DataError
+from vwt.export.runtimes import RUNTIMES
 from vwt.locks import locked
 from vwt.measure.timing import on_batches
 from vwt.models.spec import weights_checksum
 from vwt.progress import progress_bar
 from vwt.tuning.calibration import compare
 
+OTHER_RUNTIMES = tuple(name for name in RUNTIMES if name != "torch")
 COLUMNS = {
     "name": "", "tokens": ".1f", "agreement": ".3f", "agreement_low": ".3f", "agreement_high": ".3f", "kl": ".4f",
     "kl_low": ".4f", "kl_high": ".4f", "top1": ".4f", "top1_change": "+.4f", "top1_change_low": "+.4f",
     "top1_change_high": "+.4f", "gmacs": ".2f", "throughput": ".1f", "ms": ".2f", "ratio": ".3f", "ratio_low": ".3f",
-    "ratio_high": ".3f", "front": "", "note": "",
+    "ratio_high": ".3f", **dict.fromkeys(OTHER_RUNTIMES, ".3f"), "front": "", "note": "",
 }  # fmt: skip
 EQUAL_KL = {
     "peer": "", "kl": ".4f", "vwt": "", "vwt_kl": ".4f", "kl_change_low": "+.4f", "kl_change_high": "+.4f",
     "tokens": ".3f", "latency": ".3f", "latency_low": ".3f", "latency_high": ".3f",
 }  # fmt: skip
-SYNSETS = Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt"
 KL = ("kl_low", "kl_high"), "KL(full ‖ reduced), nats"
 OVER_TOKENS = Panel(
     title="Over tokens: the lower left is best",
@@ -97,6 +99,12 @@ OVER_LATENCY = dataclasses.replace(
 )
 
 
+def over_latency_in(runtime: str) -> Panel:
+    """The panel of a runtime."""
+    labels = (f"latency at batch 1 in {runtime}, ratio to the full model in it", KL[1])
+    return dataclasses.replace(OVER_LATENCY, title=f"Over latency in {runtime}", x=runtime, labels=labels)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options; --batch-size is for fidelity, latency is at batch 1."""
     harness.add_common(parser)
@@ -107,6 +115,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--operators", action="store_true", help="table of operators by depth instead, of fidelity alone"
     )
     parser.add_argument("--no-latency", action="store_true", help="leave latency out")
+    parser.add_argument(
+        "--runtime", nargs="+", choices=("all", *OTHER_RUNTIMES), default=[], help="latency in these, too"
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
 
 
@@ -117,6 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"--workers is {arguments.workers}; expected at least 0")
     if arguments.plot and arguments.operators:
         raise ArgumentError("--plot draws the table of variants; leave out --operators")
+    check_runtimes(arguments)
     bench = Bench.open(arguments, [] if arguments.operators else WORDS)
     every = operators.operator_variants(bench) if arguments.operators else registry(bench)
     images = open_images(bench)
@@ -145,6 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
         if seconds:
             add_latency(rows, seconds, {v.name: v.baseline for v in variants}, arguments.seed)
             add_throughput(bench, modules, rows)
+            header["not_in_runtimes"] = add_runtimes(bench, rows)
         mark_fronts(rows)
         rows = with_notes(variants, rows, notes)
         tables = {"fidelity": rows, "equal_kl": equal_kl(rows, scores, seconds, arguments.seed)}
@@ -156,86 +169,7 @@ def run(arguments: argparse.Namespace) -> None:
         known.path.unlink(missing_ok=True)
 
 
-# -- images ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """What fidelity is measured on.
-
-    Attributes:
-        source: the data set.
-        chosen: ascending indices; empty for a stream without a limit.
-        labelled: whether its labels are the model's classes.
-        remark: what is to be said of them, for the first lines.
-    """
-
-    source: ImageSource
-    chosen: Sequence[int]
-    labelled: bool
-    remark: str
-
-    def first(self) -> Tensor:
-        """One that can be read, (1, C, H, W) uint8.
-
-        Raises:
-            DataError: if there is none.
-        """
-        found = self.source.sample(1)
-        if not len(found):
-            raise DataError(f"{self.source.source} has no image that can be read")
-        return found
-
-    def batches(self, size: int, workers: int) -> Iterator[Batch]:
-        """All of them, in order."""
-        return self.source.batches(size, workers=workers, chosen=self.chosen or None)
-
-
-def open_images(bench: Bench) -> Images:
-    """The images of the options, and whether they have labels.
-
-    Raises:
-        DataError: if there are fewer than --limit.
-    """
-    options, remark = bench.arguments, ""
-    classes = int(getattr(bench.model, "num_classes", 0))
-    source = ImageSource(options.data, bench.model, split=options.split)
-    class_map = options.class_map or find_class_map(source, classes)
-    if class_map is not None:
-        every = len(source)
-        source = ImageSource(options.data, bench.model, split=options.split, class_map=class_map)
-        if len(source) < every:
-            remark = f" ({every - len(source)} of classes that {class_map.name} does not have left out)"
-    labelled = has_labels(source, classes, class_map)
-    if not labelled:
-        remark += "; no top-1, its classes are not known to be the model's (--class-map)"
-    count = options.limit or len(source)
-    if len(source) and count > len(source):
-        raise DataError(f"{options.data} has {len(source)} images, {count} were asked for with --limit")
-    chosen: Sequence[int] = range(count)
-    if len(source):
-        chosen = sorted(random.Random(options.seed).sample(range(len(source)), count))
-    return Images(source, chosen, labelled, remark)
-
-
-def find_class_map(source: ImageSource, classes: int) -> Path | None:
-    """ImageNet's classes, if the model has as many, and those of a data set are named by its WordNet ids."""
-    names = set(SYNSETS.read_text().split())
-    return SYNSETS if len(names) == classes and source.classes and set(source.classes) <= names else None
-
-
-def has_labels(source: ImageSource, classes: int, class_map: Path | None) -> bool:
-    """Whether a data set's labels are the model's classes: by a map, or because there are as many.
-
-    Raises:
-        ArgumentError: if the map has more classes than the model.
-    """
-    if class_map is None:
-        return len(source.classes) == classes
-    most = max(source.classes.values(), default=-1)
-    if most >= classes:
-        raise ArgumentError(f"{class_map} has {most + 1} classes, the model has {classes}; give another --class-map")
-    return True
+# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 def scores_name(bench: Bench, modules: dict[str, Module], images: Images) -> str:
@@ -252,9 +186,6 @@ def scores_name(bench: Bench, modules: dict[str, Module], images: Images) -> str
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return f"scores-{digest.hexdigest()}.safetensors"
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,16 +320,41 @@ def add_throughput(bench: Bench, modules: dict[str, Module], rows: Sequence[Row]
         row["throughput"] = len(batches[0]) / float(np.median(seconds[row["name"]]))
 
 
+def check_runtimes(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError if --runtime does not go with the other options."""
+    if arguments.runtime and (arguments.no_latency or arguments.operators):
+        raise ArgumentError("--runtime measures latency; leave out --no-latency and --operators")
+    if arguments.runtime and (arguments.torchcompile or arguments.precision != "float32"):
+        raise ArgumentError("--runtime is measured in float32, uncompiled; leave out --precision and --torchcompile")
+
+
+def add_runtimes(bench: Bench, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """To each row its ratio to the full model in each of --runtime, by the runtime's name; why others have none."""
+    asked = bench.arguments.runtime
+    names = [name for name in OTHER_RUNTIMES if name in asked or "all" in asked]
+    alone = dataclasses.replace(bench, arguments=argparse.Namespace(**{**vars(bench.arguments), "batch_size": 1}))
+    timed = runtimes.time_apart(alone, [(name, "float32") for name in names], runtimes.registered)
+    for name, own in zip(names, timed, strict=True):
+        for variant, note in own.notes.items():
+            print(f"fidelity: {variant} in {name}: {note}", file=sys.stderr)
+        for row in rows:
+            if row["name"] in own.seconds:
+                row[name] = ratio(own.seconds[row["name"]], own.seconds[FULL])
+    return {name: own.notes for name, own in zip(names, timed, strict=True)}
+
+
 def mark_fronts(rows: Sequence[Row]) -> None:
-    """Say of each row on which Pareto fronts it is: "tokens", "latency", both, or none."""
-    fronts = {"tokens": pareto(rows, "tokens", "kl"), "latency": pareto(rows, "ratio", "kl")}
+    """Say of each row on which Pareto fronts it is: "tokens", "latency", runtimes, or none."""
+    costs = {"tokens": "tokens", "latency": "ratio"} | {name: name for name in OTHER_RUNTIMES}
+    fronts = {name: pareto(rows, cost, "kl") for name, cost in costs.items()}
     for row in rows:
         row["front"] = " ".join(name for name, front in fronts.items() if any(row is other for other in front))
 
 
 def plot_fronts(path: Path, rows: Sequence[Row], caption: str) -> None:
     """Draw KL over tokens, and over latency where it was measured."""
-    panels = [panel for panel in (OVER_TOKENS, OVER_LATENCY) if any(row.get(panel.x) is not None for row in rows)]
+    every = (OVER_TOKENS, OVER_LATENCY, *map(over_latency_in, OTHER_RUNTIMES))
+    panels = [panel for panel in every if any(row.get(panel.x) is not None for row in rows)]
     plot(path, [row for row in rows if row.get("kl", 0) > 0], panels, caption)
 
 

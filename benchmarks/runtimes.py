@@ -1,19 +1,21 @@
-"""The table of `latency.py --runtime`: a row for each runtime and precision, with its own full model and limits.
+"""Latency in several runtimes, each in a process of its own, as their thread pools disturb each other.
 
-Each row is measured in a process of its own, as the thread pools of runtimes disturb each other. A limit is the same
+`latency.py --runtime` has a row for each runtime and precision, with its own full model and limits. A limit is the same
 model's blocks on as many tokens as the variant has, in the same blocks; the tokens are the first ones, for nothing.
+`fidelity.py --runtime` has columns of each runtime.
 """
 
 import argparse
 import copy
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import peers
@@ -22,13 +24,15 @@ from harness import Bench
 from peers._peer import Attended
 from results import Row, ratio
 from torch import Tensor, nn
+from variants import FULL, OURS, PEERS, Variant, choose, registry
 
 from vwt import Absorb, IntraImage, Neighbours, PruningSchedule, VWTokenizer
 from vwt.errors import ArgumentError, VWTError, first_line
+from vwt.export.formats import Run
 from vwt.export.runtimes import PRECISIONS, RUNTIMES, check_runtime, run_in, run_module, written_in
 from vwt.measure.timing import on_batches
 
-FULL, LIMIT = "full", "limit of "
+LIMIT = "limit of "
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,51 @@ def runtime_and_precisions(text: str) -> list[tuple[str, str]]:
 
 def measure(bench: Bench) -> list[Row]:
     """A row for each runtime and precision of --runtime; what cannot be had is a row with a note."""
-    pairs = dict.fromkeys(pair for pairs in bench.arguments.runtime for pair in pairs)
-    rows = [Measured(runtime, precision) for runtime, precision in pairs]
+    pairs = list(dict.fromkeys(pair for pairs in bench.arguments.runtime for pair in pairs))
+    return [
+        {"runtime": runtime, "precision": precision} | as_row(timed)
+        for (runtime, precision), timed in zip(pairs, time_apart(bench, pairs, limited), strict=True)
+    ]
+
+
+@dataclass
+class Timed:
+    """What was measured in a runtime, by the names of variants.
+
+    Attributes:
+        seconds: (batches, runs) of each; empty if the full model could not be had.
+        notes: why the others could not.
+    """
+
+    seconds: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def as_row(timed: Timed) -> Row:
+    """Milliseconds of the full model, all else as a ratio to it, and a note where something could not be had."""
+    row: Row = {}
+    for name, seconds in timed.seconds.items():
+        full = timed.seconds[FULL]
+        row |= {"full_ms": 1e3 * float(np.median(full))} if name == FULL else {name: ratio(seconds, full)}
+    for note in list(timed.notes.values())[:1]:
+        row["note"] = note
+    return row
+
+
+# Ways to open what is timed, by the names of variants, for a bench, a runtime, a precision and images of an example.
+Openers: TypeAlias = Callable[[Bench, str, str, Tensor], Iterator[tuple[str, Callable[[], Run]]]]
+
+
+def time_apart(bench: Bench, pairs: Sequence[tuple[str, str]], openers: Openers) -> list[Timed]:
+    """What is measured in runtimes and precisions; some are opened at once, each is timed alone."""
+    measured = [Apart(runtime, precision) for runtime, precision in pairs]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(lambda row: row.open(bench), rows))
-    return [row.time() for row in rows]
+        list(threads.map(lambda own: own.open(bench, openers), measured))
+    return [own.time() for own in measured]
 
 
-class Measured:
-    """A row, and the process that it is measured in; some are opened at once, each is timed alone.
+class Apart:
+    """A process that models are measured in, in a runtime and precision.
 
     Args:
         runtime: see `run_in`.
@@ -94,28 +134,34 @@ class Measured:
     """
 
     def __init__(self, runtime: str, precision: str) -> None:
-        self.row: Row = {"runtime": runtime, "precision": precision}
+        self.runtime, self.precision = runtime, precision
+        self.timed = Timed()
         self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    def open(self, bench: Bench) -> None:
+    def open(self, bench: Bench, openers: Openers) -> None:
         """Start the process, in which everything is exported or compiled, and called once."""
-        runtime, precision = self.row["runtime"], self.row["precision"]
         try:
-            check_runtime(runtime, precision, bench.device)
-            if precision == "bfloat16" and not has_bfloat16():
+            check_runtime(self.runtime, self.precision, bench.device)
+            if self.precision == "bfloat16" and not has_bfloat16():
                 raise ArgumentError(
                     "this CPU has no instructions for bfloat16, which takes many times as long as float32"
                 )
-            self.process.submit(open_here, bench.arguments, runtime, precision).result()
+            opened = self.process.submit(open_here, bench.arguments, self.runtime, self.precision, openers)
+            self.timed.notes |= opened.result()
         except (VWTError, RuntimeError, BrokenProcessPool) as error:
-            self.row["note"] = f"not measured: {first_line(error)}"
+            self.timed.notes[FULL] = not_measured(error)
 
-    def time(self) -> Row:
-        """The row; the process ends."""
+    def time(self) -> Timed:
+        """What was measured; the process ends."""
         with self.process:
-            if "note" not in self.row:
-                self.row |= self.process.submit(time_here).result()
-        return self.row
+            if FULL not in self.timed.notes:
+                self.timed.seconds |= self.process.submit(time_here).result()
+        return self.timed
+
+
+def not_measured(error: Exception) -> str:
+    """As a note says it."""
+    return f"not measured: {first_line(error)}"
 
 
 def has_bfloat16() -> bool:
@@ -124,43 +170,58 @@ def has_bfloat16() -> bool:
     return not path.exists() or "bf16" in path.read_text()
 
 
-# -- in the process of a row -------------------------------------------------------------------------------------------
+# -- in such a process -------------------------------------------------------------------------------------------------
 
-_here: list[tuple[Bench, dict[str, Any]]] = []  # what a process was started for
+_here: list[tuple[Bench, dict[str, Run]]] = []  # what a process was started for
 
 
-def open_here(arguments: argparse.Namespace, runtime: str, precision: str) -> None:
-    """Open everything, and call it once, which is when torch compiles."""
+def open_here(arguments: argparse.Namespace, runtime: str, precision: str, openers: Openers) -> dict[str, str]:
+    """Open everything, and call it once, which is when torch compiles; notes on what cannot be had, by name."""
     bench = Bench.open(arguments, [])
-    example = bench.batches()[0]
-    modules = open_all(bench, runtime, precision, example)
-    with torch.inference_mode():
-        for run in modules.values():
-            run(example)
-    _here.append((bench, modules))
+    example, opened, notes = bench.batches()[0], {}, {}
+    for name, opener in openers(bench, runtime, precision, example):
+        try:
+            opened[name] = opener()
+            with torch.inference_mode():
+                opened[name](example)
+        except (VWTError, RuntimeError) as error:
+            opened.pop(name, None)
+            notes[name] = not_measured(error)
+    _here.append((bench, opened))
+    return notes
 
 
-def time_here() -> Row:
-    """Milliseconds of the full model, and all else as a ratio to it."""
-    bench, modules = _here.pop()
+def time_here() -> dict[str, np.ndarray]:
+    """Seconds (batches, runs) by name."""
+    bench, opened = _here.pop()
     batches = bench.batches()
     with torch.inference_mode():
-        seconds = bench.time([{"actual": on_batches(run, batches)} for run in modules.values()], len(batches))
-    timed = {name: own["actual"] for name, own in zip(modules, seconds, strict=True)}
-    ratios = {name: ratio(own, timed[FULL]) for name, own in timed.items() if name != FULL}
-    return {"full_ms": 1e3 * float(np.median(timed[FULL]))} | ratios
+        seconds = bench.time([{"actual": on_batches(run, batches)} for run in opened.values()], len(batches))
+    return {name: own["actual"] for name, own in zip(opened, seconds, strict=True)}
 
 
-def open_all(bench: Bench, runtime: str, precision: str, example: Tensor) -> dict[str, Any]:
-    """What is timed, by name."""
+def limited(bench: Bench, runtime: str, precision: str, example: Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """The full model, and each of VARIANTS with its limit."""
     model, dtype = bench.model, getattr(torch, written_in(runtime, precision))
-    opened: dict[str, Any] = {FULL: run_in(runtime, precision, model, example)}
+    yield FULL, partial(run_in, runtime, precision, model, example)
     for variant in VARIANTS:
-        opened[variant.name] = run_in(runtime, precision, VWTokenizer(model, **variant.options), example)
+        yield variant.name, partial(run_in, runtime, precision, VWTokenizer(model, **variant.options), example)
         if LIMIT + variant.name in variant.columns:
             limit = Limit(model, variant.before, variant.removed, dtype)
-            opened[LIMIT + variant.name] = run_module(runtime, precision, limit, example)
-    return opened
+            yield LIMIT + variant.name, partial(run_module, runtime, precision, limit, example)
+
+
+def registered(bench: Bench, runtime: str, precision: str, example: Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """The variants that `fidelity.py` compares, but those whose weights are quantised."""
+    for variant in choose(registry(bench), bench.arguments.only):
+        if variant.group in (FULL, *OURS, *PEERS):
+            yield variant.name, partial(open_variant, variant, runtime, precision, example)
+
+
+def open_variant(variant: Variant, runtime: str, precision: str, example: Tensor) -> Run:
+    """A variant in a runtime; see `run_in`."""
+    module: Any = variant.build()
+    return (run_module if isinstance(module, peers.Peer) else run_in)(runtime, precision, module, example)
 
 
 class Cut(peers.Peer):

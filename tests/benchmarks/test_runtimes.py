@@ -9,7 +9,8 @@ import pytest
 import runtimes
 import torch
 from harness import Bench
-from runtimes import FULL, Limit, Measured, open_here, runtime_and_precisions, time_here
+from runtimes import Apart, Limit, as_row, limited, open_here, registered, runtime_and_precisions, time_here
+from variants import FULL
 
 from tests.export.cases import needs_tracing
 from vwt.errors import ModelError
@@ -60,8 +61,8 @@ def test_limit_refuses_models(small_vit):
 
 
 def test_a_row(folder):
-    open_here(parse(), "torch", "float32")
-    row = time_here()
+    assert open_here(parse(), "torch", "float32", limited) == {}
+    row = as_row(runtimes.Timed(time_here()))
     assert list(row) == ["full_ms", *(name for variant in runtimes.VARIANTS for name in variant.columns)]
     assert all(value > 0 for value in row.values())
     assert set(row) < set(runtimes.COLUMNS)
@@ -70,11 +71,21 @@ def test_a_row(folder):
 def test_all_variants_and_limits_answer(folder):
     bench = Bench.open(parse(), [])
     [example, _] = bench.batches()
-    opened = runtimes.open_all(bench, "torch", "bfloat16", example)
     with torch.inference_mode():
-        answers = {name: run(example) for name, run in opened.items()}
+        answers = {name: opener()(example) for name, opener in limited(bench, "torch", "bfloat16", example)}
     assert {answer.shape for answer in answers.values()} == {(1, 1000)}
     assert all(not torch.equal(answer, answers[FULL]) for name, answer in answers.items() if name != FULL)
+
+
+def test_variants_of_the_registry_in_a_runtime(folder):
+    """All but the quantised ones; of what cannot be had there is a note, and it is not timed."""
+    options = parse("--only", "Neighbours 0.4", "ToMe r 8", "bfloat16", "PPT, 30")
+    notes = open_here(options, "torch", "float32", registered)
+    assert list(notes) == ["PPT, 30 in blocks 3, 6 and 9"]
+    assert notes["PPT, 30 in blocks 3, 6 and 9"].startswith("not measured: block 6 removes 30 patches")
+    seconds = time_here()
+    assert list(seconds) == [FULL, "Neighbours 0.4", "Neighbours 0.4 + Absorb(0.5) in block 3", "ToMe r 8"]
+    assert {own.shape for own in seconds.values()} == {(2, 1)}
 
 
 @pytest.mark.parametrize(
@@ -86,10 +97,10 @@ def test_all_variants_and_limits_answer(folder):
 )
 def test_what_cannot_be_had_is_a_note(folder, monkeypatch, runtime, precision, reason):
     monkeypatch.setattr(runtimes, "has_bfloat16", lambda: False)
-    measured = Measured(runtime, precision)
-    measured.open(Bench.open(parse(), []))
-    row = measured.time()
-    assert list(row) == ["runtime", "precision", "note"]
+    measured = Apart(runtime, precision)
+    measured.open(Bench.open(parse(), []), limited)
+    row = as_row(measured.time())
+    assert list(row) == ["note"]
     assert row["note"].startswith(f"not measured: {reason}")
 
 
