@@ -19,8 +19,9 @@ them on one image, what a reduction itself does included.
 Latency: afterwards, at batch 1, on --images of the images, all variants in turn (see benchmarks/latency.py). `ratio` is
 to the full model, the median over images of the ratio of medians over --runs; its interval is over images. `throughput`
 is in images a second, in batches of --batch-size (of --images, if these are fewer). This needs a quiet machine;
---no-latency leaves it out. --runtime has a column for each runtime as well, each a ratio to the full model in the same
-runtime, measured in a process of its own; what cannot be exported is said.
+--no-latency leaves it out. --runtime adds a column for each runtime, a ratio to the full model in the same one. It is
+measured in a process of its own that holds all variants; why a variant has none is on stderr and in the results. Fronts
+over it have the KL in torch. What torch.compile cannot trace it runs as torch does.
 
 `front` says on which Pareto fronts a variant is: KL over tokens, over latency, over latency in a runtime. The second
 table has, for each comparator, the cheapest variant of vwt with at most its KL, and what it costs as a ratio to it.
@@ -64,7 +65,7 @@ import vwt
 from vwt import InterImage
 from vwt.cli import run_script
 from vwt.errors import ArgumentError, DataError
-from vwt.export.runtimes import RUNTIMES
+from vwt.export.runtimes import RUNTIMES, check_runtime
 from vwt.locks import locked
 from vwt.measure.timing import on_batches
 from vwt.models.spec import weights_checksum
@@ -101,8 +102,9 @@ OVER_LATENCY = dataclasses.replace(
 
 def over_latency_in(runtime: str) -> Panel:
     """The panel of a runtime."""
-    labels = (f"latency at batch 1 in {runtime}, ratio to the full model in it", KL[1])
-    return dataclasses.replace(OVER_LATENCY, title=f"Over latency in {runtime}", x=runtime, labels=labels)
+    name = "torch.compile" if runtime == "compile" else runtime
+    labels = (f"latency at batch 1 in {name}, ratio to the full model in it", KL[1])
+    return dataclasses.replace(OVER_LATENCY, title=f"Over latency in {name}", x=runtime, labels=labels)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -121,15 +123,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode images")
 
 
-@torch.inference_mode()
-def run(arguments: argparse.Namespace) -> None:
-    """What the options ask for."""
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError for options that exclude each other."""
     if arguments.workers < 0:
         raise ArgumentError(f"--workers is {arguments.workers}; expected at least 0")
     if arguments.plot and arguments.operators:
         raise ArgumentError("--plot draws the table of variants; leave out --operators")
-    check_runtimes(arguments)
+    if arguments.runtime and (arguments.no_latency or arguments.operators):
+        raise ArgumentError("--runtime measures latency; leave out --no-latency and --operators")
+    if arguments.runtime and (arguments.torchcompile or arguments.precision != "float32"):
+        raise ArgumentError("--runtime is in float32, and names compile; leave out --precision and --torchcompile")
+
+
+@torch.inference_mode()
+def run(arguments: argparse.Namespace) -> None:
+    """What the options ask for."""
+    check_options(arguments)
     bench = Bench.open(arguments, [] if arguments.operators else WORDS)
+    for name in set(arguments.runtime) - {"all"}:
+        check_runtime(name, device=bench.device)
     every = operators.operator_variants(bench) if arguments.operators else registry(bench)
     images = open_images(bench)
     variants = choose(every, arguments.only)
@@ -157,6 +169,8 @@ def run(arguments: argparse.Namespace) -> None:
         if seconds:
             add_latency(rows, seconds, {v.name: v.baseline for v in variants}, arguments.seed)
             add_throughput(bench, modules, rows)
+            save_results(bench.paths, header, {"fidelity": with_notes(variants, rows, notes)})
+        if arguments.runtime:
             header["not_in_runtimes"] = add_runtimes(bench, rows)
         mark_fronts(rows)
         rows = with_notes(variants, rows, notes)
@@ -320,27 +334,20 @@ def add_throughput(bench: Bench, modules: dict[str, Module], rows: Sequence[Row]
         row["throughput"] = len(batches[0]) / float(np.median(seconds[row["name"]]))
 
 
-def check_runtimes(arguments: argparse.Namespace) -> None:
-    """Raise ArgumentError if --runtime does not go with the other options."""
-    if arguments.runtime and (arguments.no_latency or arguments.operators):
-        raise ArgumentError("--runtime measures latency; leave out --no-latency and --operators")
-    if arguments.runtime and (arguments.torchcompile or arguments.precision != "float32"):
-        raise ArgumentError("--runtime is measured in float32, uncompiled; leave out --precision and --torchcompile")
-
-
 def add_runtimes(bench: Bench, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
     """To each row its ratio to the full model in each of --runtime, by the runtime's name; why others have none."""
-    asked = bench.arguments.runtime
-    names = [name for name in OTHER_RUNTIMES if name in asked or "all" in asked]
-    alone = dataclasses.replace(bench, arguments=argparse.Namespace(**{**vars(bench.arguments), "batch_size": 1}))
-    timed = runtimes.time_apart(alone, [(name, "float32") for name in names], runtimes.registered)
-    for name, own in zip(names, timed, strict=True):
+    options = argparse.Namespace(**{**vars(bench.arguments), "batch_size": 1})
+    names = [name for name in OTHER_RUNTIMES if name in options.runtime or "all" in options.runtime]
+    models = partial(runtimes.of_registry, [row["name"] for row in rows])
+    pairs = [(name, "float32") for name in names]
+    timed = dict(zip(names, runtimes.time_in_processes(options, bench.device, pairs, models, WORDS), strict=True))
+    for name, own in timed.items():
         for variant, note in own.notes.items():
             print(f"fidelity: {variant} in {name}: {note}", file=sys.stderr)
         for row in rows:
             if row["name"] in own.seconds:
                 row[name] = ratio(own.seconds[row["name"]], own.seconds[FULL])
-    return {name: own.notes for name, own in zip(names, timed, strict=True)}
+    return {name: own.notes for name, own in timed.items()}
 
 
 def mark_fronts(rows: Sequence[Row]) -> None:
@@ -352,7 +359,7 @@ def mark_fronts(rows: Sequence[Row]) -> None:
 
 
 def plot_fronts(path: Path, rows: Sequence[Row], caption: str) -> None:
-    """Draw KL over tokens, and over latency where it was measured."""
+    """Draw KL over tokens, and over latency, in torch and in other runtimes, where it was measured."""
     every = (OVER_TOKENS, OVER_LATENCY, *map(over_latency_in, OTHER_RUNTIMES))
     panels = [panel for panel in every if any(row.get(panel.x) is not None for row in rows)]
     plot(path, [row for row in rows if row.get("kl", 0) > 0], panels, caption)

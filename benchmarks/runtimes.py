@@ -2,14 +2,14 @@
 
 `latency.py --runtime` has a row for each runtime and precision, with its own full model and limits. A limit is the same
 model's blocks on as many tokens as the variant has, in the same blocks; the tokens are the first ones, for nothing.
-`fidelity.py --runtime` has columns of each runtime.
+`fidelity.py --runtime` adds a column for each runtime.
 """
 
 import argparse
 import copy
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -24,13 +24,14 @@ from harness import Bench
 from peers._peer import Attended
 from results import Row, ratio
 from torch import Tensor, nn
-from variants import FULL, OURS, PEERS, Variant, choose, registry
+from variants import FULL, QUANTISED, registry
 
 from vwt import Absorb, IntraImage, Neighbours, PruningSchedule, VWTokenizer
-from vwt.errors import ArgumentError, VWTError, first_line
+from vwt.errors import ArgumentError, first_line
 from vwt.export.formats import Run
 from vwt.export.runtimes import PRECISIONS, RUNTIMES, check_runtime, run_in, run_module, written_in
 from vwt.measure.timing import on_batches
+from vwt.tokens.patches import Space
 
 LIMIT = "limit of "
 
@@ -81,11 +82,12 @@ def runtime_and_precisions(text: str) -> list[tuple[str, str]]:
 
 
 def measure(bench: Bench) -> list[Row]:
-    """A row for each runtime and precision of --runtime; what cannot be had is a row with a note."""
+    """A row for each runtime and precision of --runtime, with a note on what cannot be had."""
     pairs = list(dict.fromkeys(pair for pairs in bench.arguments.runtime for pair in pairs))
+    timed = time_in_processes(bench.arguments, bench.device, pairs, with_limits)
     return [
-        {"runtime": runtime, "precision": precision} | as_row(timed)
-        for (runtime, precision), timed in zip(pairs, time_apart(bench, pairs, limited), strict=True)
+        {"runtime": runtime, "precision": precision} | as_row(own)
+        for (runtime, precision), own in zip(pairs, timed, strict=True)
     ]
 
 
@@ -94,8 +96,8 @@ class Timed:
     """What was measured in a runtime, by the names of variants.
 
     Attributes:
-        seconds: (batches, runs) of each; empty if the full model could not be had.
-        notes: why the others could not.
+        seconds: (batches, runs) of each.
+        notes: why others were not measured; under FULL, why nothing was.
     """
 
     seconds: dict[str, np.ndarray] = field(default_factory=dict)
@@ -103,30 +105,44 @@ class Timed:
 
 
 def as_row(timed: Timed) -> Row:
-    """Milliseconds of the full model, all else as a ratio to it, and a note where something could not be had."""
+    """Milliseconds of the full model, all else as a ratio to it, and why a column has none."""
     row: Row = {}
     for name, seconds in timed.seconds.items():
         full = timed.seconds[FULL]
         row |= {"full_ms": 1e3 * float(np.median(full))} if name == FULL else {name: ratio(seconds, full)}
-    for note in list(timed.notes.values())[:1]:
-        row["note"] = note
+    if timed.notes:
+        row["note"] = "; ".join(note if name == FULL else f"{name} {note}" for name, note in timed.notes.items())
     return row
 
 
-# Ways to open what is timed, by the names of variants, for a bench, a runtime, a precision and images of an example.
-Openers: TypeAlias = Callable[[Bench, str, str, Tensor], Iterator[tuple[str, Callable[[], Run]]]]
+# From a bench, and the precision that weights are written in, to what makes each model, by the names of variants.
+Models: TypeAlias = Callable[[Bench, torch.dtype], Mapping[str, Callable[[], nn.Module]]]
 
 
-def time_apart(bench: Bench, pairs: Sequence[tuple[str, str]], openers: Openers) -> list[Timed]:
-    """What is measured in runtimes and precisions; some are opened at once, each is timed alone."""
-    measured = [Apart(runtime, precision) for runtime, precision in pairs]
+def time_in_processes(
+    arguments: argparse.Namespace,
+    device: torch.device,
+    pairs: Sequence[tuple[str, str]],
+    models: Models,
+    words: Sequence[tuple[Space, int]] = (),
+) -> list[Timed]:
+    """Latency in each of `pairs`, a runtime and a precision; some are opened at once, each is timed alone.
+
+    Args:
+        arguments: the options.
+        device: what they name.
+        pairs: see `run_in`.
+        models: a function of a module, which processes import.
+        words: see `Bench.open`.
+    """
+    processes = [RuntimeProcess(runtime, precision) for runtime, precision in pairs]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(lambda own: own.open(bench, openers), measured))
-    return [own.time() for own in measured]
+        list(threads.map(lambda process: process.open(arguments, device, models, words), processes))
+    return [process.time() for process in processes]
 
 
-class Apart:
-    """A process that models are measured in, in a runtime and precision.
+class RuntimeProcess:
+    """A process that measures models in a runtime and precision.
 
     Args:
         runtime: see `run_in`.
@@ -138,25 +154,36 @@ class Apart:
         self.timed = Timed()
         self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    def open(self, bench: Bench, openers: Openers) -> None:
-        """Start the process, in which everything is exported or compiled, and called once."""
+    def open(self, arguments: argparse.Namespace, device: torch.device, models: Models, words: Any) -> None:
+        """Start the process, in which everything is exported or compiled, and called once; see `time_in_processes`."""
         try:
-            check_runtime(self.runtime, self.precision, bench.device)
+            check_runtime(self.runtime, self.precision, device)
             if self.precision == "bfloat16" and not has_bfloat16():
                 raise ArgumentError(
                     "this CPU has no instructions for bfloat16, which takes many times as long as float32"
                 )
-            opened = self.process.submit(open_here, bench.arguments, self.runtime, self.precision, openers)
-            self.timed.notes |= opened.result()
-        except (VWTError, RuntimeError, BrokenProcessPool) as error:
+        except ArgumentError as error:
             self.timed.notes[FULL] = not_measured(error)
+            return
+        self.timed.notes |= self._ask(open_here, arguments, self.runtime, self.precision, models, words)
 
     def time(self) -> Timed:
         """What was measured; the process ends."""
         with self.process:
             if FULL not in self.timed.notes:
-                self.timed.seconds |= self.process.submit(time_here).result()
+                self.timed.seconds |= self._ask(time_here)
         return self.timed
+
+    def _ask(self, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """What a function gives in the process; nothing, and a note, where it fails."""
+        try:
+            return self.process.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            note = "not measured: its process was killed, perhaps for lack of memory; measure fewer, with --only"
+        except Exception as error:  # of whichever runtime
+            note = not_measured(error)
+        self.timed.notes[FULL] = note
+        return {}
 
 
 def not_measured(error: Exception) -> str:
@@ -175,53 +202,54 @@ def has_bfloat16() -> bool:
 _here: list[tuple[Bench, dict[str, Run]]] = []  # what a process was started for
 
 
-def open_here(arguments: argparse.Namespace, runtime: str, precision: str, openers: Openers) -> dict[str, str]:
-    """Open everything, and call it once, which is when torch compiles; notes on what cannot be had, by name."""
-    bench = Bench.open(arguments, [])
-    example, opened, notes = bench.batches()[0], {}, {}
-    for name, opener in openers(bench, runtime, precision, example):
+def open_here(
+    arguments: argparse.Namespace, runtime: str, precision: str, models: Models, words: Sequence[tuple[Space, int]]
+) -> dict[str, str]:
+    """Open everything, and call it once, which is when torch compiles; why something cannot be had, by name."""
+    bench = Bench.open(arguments, words)
+    example = bench.batches()[0]
+    runs: dict[str, Run] = {}
+    notes: dict[str, str] = {}
+    for name, build in models(bench, getattr(torch, written_in(runtime, precision))).items():
         try:
-            opened[name] = opener()
+            run = open_in(runtime, precision, build(), example)
             with torch.inference_mode():
-                opened[name](example)
-        except (VWTError, RuntimeError) as error:
-            opened.pop(name, None)
+                run(example)
+            runs[name] = run
+        except Exception as error:  # runtimes have errors of their own
             notes[name] = not_measured(error)
-    _here.append((bench, opened))
+    _here.append((bench, runs))
     return notes
+
+
+def open_in(runtime: str, precision: str, model: nn.Module, example: Tensor) -> Run:
+    """As `run_in`, of what has images and answers in float32 already, too."""
+    opener = run_module if isinstance(model, peers.Peer | Limit) else run_in
+    return opener(runtime, precision, model, example)
 
 
 def time_here() -> dict[str, np.ndarray]:
     """Seconds (batches, runs) by name."""
-    bench, opened = _here.pop()
+    bench, runs = _here.pop()
     batches = bench.batches()
     with torch.inference_mode():
-        seconds = bench.time([{"actual": on_batches(run, batches)} for run in opened.values()], len(batches))
-    return {name: own["actual"] for name, own in zip(opened, seconds, strict=True)}
+        seconds = bench.time([{"actual": on_batches(run, batches)} for run in runs.values()], len(batches))
+    return {name: own["actual"] for name, own in zip(runs, seconds, strict=True)}
 
 
-def limited(bench: Bench, runtime: str, precision: str, example: Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
+def with_limits(bench: Bench, dtype: torch.dtype) -> dict[str, Callable[[], nn.Module]]:
     """The full model, and each of VARIANTS with its limit."""
-    model, dtype = bench.model, getattr(torch, written_in(runtime, precision))
-    yield FULL, partial(run_in, runtime, precision, model, example)
+    found: dict[str, Callable[[], nn.Module]] = {FULL: lambda: bench.model}
     for variant in VARIANTS:
-        yield variant.name, partial(run_in, runtime, precision, VWTokenizer(model, **variant.options), example)
+        found[variant.name] = partial(VWTokenizer, bench.model, **variant.options)
         if LIMIT + variant.name in variant.columns:
-            limit = Limit(model, variant.before, variant.removed, dtype)
-            yield LIMIT + variant.name, partial(run_module, runtime, precision, limit, example)
+            found[LIMIT + variant.name] = partial(Limit, bench.model, variant.before, variant.removed, dtype)
+    return found
 
 
-def registered(bench: Bench, runtime: str, precision: str, example: Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """The variants that `fidelity.py` compares, but those whose weights are quantised."""
-    for variant in choose(registry(bench), bench.arguments.only):
-        if variant.group in (FULL, *OURS, *PEERS):
-            yield variant.name, partial(open_variant, variant, runtime, precision, example)
-
-
-def open_variant(variant: Variant, runtime: str, precision: str, example: Tensor) -> Run:
-    """A variant in a runtime; see `run_in`."""
-    module: Any = variant.build()
-    return (run_module if isinstance(module, peers.Peer) else run_in)(runtime, precision, module, example)
+def of_registry(names: Collection[str], bench: Bench, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """The variants of these names, except those whose weights are quantised."""
+    return {v.name: v.build for v in registry(bench) if v.name in names and v.group != QUANTISED}
 
 
 class Cut(peers.Peer):

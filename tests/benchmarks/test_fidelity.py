@@ -9,7 +9,6 @@ import fidelity
 import image_cache
 import numpy as np
 import pytest
-import runtimes
 import torch
 import torch.nn.functional as F
 from fidelity import Scores, equal_kl, fidelity_rows, latency_columns
@@ -17,7 +16,6 @@ from peers import RandomDrop
 from safetensors.torch import load_file, save, save_file
 
 import vwt
-from tests.export.cases import needs_tracing
 from tests.holding import held_elsewhere
 from tests.matrix import matrix
 from vwt.datasets import ImageSource
@@ -71,49 +69,6 @@ def test_latency_needs_as_many_images_as_it_asks_for(run):
     status, _, err = run(fidelity.main, [*QUICK, "--images", "8"])
     assert (status, err.count("\n")) == (2, 1)
     assert "images has 7 images that can be read, 8 were asked for with --images" in err
-
-
-@pytest.mark.parametrize("options", [["--precision", "bfloat16"], ["--torchcompile"]])
-def test_runtimes_are_measured_as_they_are(run, options):
-    status, _, err = run(fidelity.main, [*QUICK, "--runtime", "all", *options])
-    assert (status, err.count("\n")) == (2, 1)
-    assert "leave out --precision and --torchcompile" in err
-
-
-def test_latency_in_runtimes(run, monkeypatch):
-    """A column each, a front each, and a line for what a runtime cannot hold."""
-
-    def time_apart(bench, pairs, openers):
-        assert (bench.arguments.batch_size, openers) == (1, runtimes.registered)
-        assert pairs == [("compile", "float32"), ("onnxruntime", "float32")]
-        kinds = {"full": 2.0, "Neighbours 0.4": 1.0, "ToMe r 8": 3.0}
-        seconds = {name: np.full((2, 1), value) for name, value in kinds.items()}
-        return [runtimes.Timed(seconds), runtimes.Timed({}, {"full": "not measured: no"})]
-
-    monkeypatch.setattr(runtimes, "time_apart", time_apart)
-    asked = ["--only", "Neighbours 0.4", "ToMe r 8", "--runtime", "onnxruntime", "compile", "--plot", "plot.png"]
-    status, out, err = run(fidelity.main, [*QUICK, *asked, "--results-file", "out"])
-    assert (status, err) == (0, "fidelity: full in onnxruntime: not measured: no\n")
-    written = json.loads(Path("out.json").read_text())
-    assert written["not_in_runtimes"] == {"compile": {}, "onnxruntime": {"full": "not measured: no"}}
-    found = {row["name"]: row for row in written["tables"]["fidelity"]}
-    assert {name: row["compile"] for name, row in found.items() if "compile" in row} == {
-        "full": 1.0, "Neighbours 0.4": 0.5, "ToMe r 8": 1.5,
-    }  # fmt: skip
-    assert [name for name, row in found.items() if "compile" in row["front"]] == ["full", "Neighbours 0.4"]
-    assert not any("onnxruntime" in row for row in found.values())
-    assert "onnxruntime" not in out.split("\nFidelity\n")[1].splitlines()[0]
-    assert Path("plot.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-@needs_tracing
-def test_latency_in_onnxruntime(run):
-    asked = ["--only", "Neighbours 0.4", "ToMe r 8", "top-k, 84", "--runtime", "onnxruntime", "--results-file", "out"]
-    status, _, err = run(fidelity.main, [*QUICK, *asked])
-    assert (status, err) == (0, "")
-    found = json.loads(Path("out.json").read_text())["tables"]["fidelity"]
-    assert all(row["onnxruntime"] > 0 for row in found)
 
 
 def test_equal_kl():

@@ -271,8 +271,8 @@ class Backbone:
         reduced: list[tuple[Packed, Step]] = []
 
         def forward(tokens: Tensor) -> Tensor:
-            there = packed.replace(tokens.flatten(0, 1))
-            fewer, step = reduce_after(attention, there, reduction, self.prefix, following, one_by_one=one_by_one)
+            entering = packed.replace(tokens.flatten(0, 1))
+            fewer, step = reduce_after(attention, entering, reduction, self.prefix, following, one_by_one=one_by_one)
             reduced.append((run_blocks(mlp, fewer, one_by_one=one_by_one), step))
             return _as_batch(reduced[0][0])
 

@@ -10,7 +10,7 @@ from vwt.reductions.reduction import Reduction
 from vwt.tokens.attention import Attend
 from vwt.tokens.tensors import numbers, select, without_autocast
 
-LOST = 0.4  # what a patch that joined another would lose of its count over all blocks, as the two grow apart
+LOST = 0.4  # how much less than once a patch that joined would count if all blocks followed; see docs/operators.md
 
 
 def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> Assignment:
@@ -60,8 +60,8 @@ class Absorb(Reduction):
     patch that receives more: of several that are similar, one is enough. The kept patch counts twice in the mean, so
     that it stays near a token that the model knows; else the mean is weighted by the patches that each stands for.
     Attention counts the kept patch once and each that joined it 1 - 0.4 f times (proportional attention), f the share
-    of the model's blocks that follow: the two are alike in this block, but would have grown apart in those. A token
-    that attends to itself counts once.
+    of the blocks that follow: the more of these, the further the two would have grown apart. The last `Absorb` decides
+    for all patches that a token stands for. A token that attends to itself counts once.
 
     From the third block on this was measured to change the answer less than half as much as the same number of `Prune`
     or `Merge`, and more than half of the patches can go.

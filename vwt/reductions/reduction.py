@@ -83,7 +83,7 @@ class Reduction:
             key_size: (B, n) float32, the same of the former tokens.
             sizes: (B, n) float32, patches that each of these stands for, None where all are 1.
             total: (B, n') float32, the same of the new ones.
-            following: share of the model's blocks that come after this one, in [0, 1).
+            following: share of the blocks (of the vision tower) that come after this one, in [0, 1).
         """
         raise NotImplementedError
 
