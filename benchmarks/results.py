@@ -176,7 +176,7 @@ class Panel:
 
 
 def plot(path: Path, rows: Sequence[Row], panels: Sequence[Panel], caption: str) -> None:
-    """Draw panels side by side; each group of rows has a colour, a marker and its name beside one of its points.
+    """Draw panels, two side by side; each group of rows has a colour, a marker and its name beside one of its points.
 
     Args:
         path: .png, .svg or .pdf.
@@ -184,16 +184,22 @@ def plot(path: Path, rows: Sequence[Row], panels: Sequence[Panel], caption: str)
         panels: what to draw.
         caption: below all, in small type.
     """
-    figure, (row_of_axes,) = subplots(1, len(panels), size=(SLIDE / max(2, len(panels)), 6.2))
+    figure, grid = subplots((len(panels) + 1) // 2, min(2, len(panels)), size=(SLIDE / 2, 6.2))
     figure.supxlabel(caption, fontsize=9, color="0.35")
-    for axes, panel in zip(row_of_axes, panels, strict=True):
-        known = [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    drawn = [(axes, panel, rows_of(rows, panel)) for axes, panel in zip(grid.flat, panels, strict=False)]
+    for axes, panel, known in drawn:
         draw_panel(axes, panel, known)
     figure.draw_without_rendering()  # places of all axes
-    for axes, panel in zip(row_of_axes, panels, strict=True):
-        known = [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
+    for axes, panel, known in drawn:
         place_labels(axes, group_labels(known, panel))
     save_figure(figure, path, dpi=120)
+
+
+def rows_of(rows: Sequence[Row], panel: Panel) -> list[Row]:
+    """The rows that have the columns of a panel."""
+    return [row for row in rows if row.get(panel.x) is not None and row.get(panel.y) is not None]
 
 
 def draw_panel(axes: Any, panel: Panel, rows: Sequence[Row]) -> None:

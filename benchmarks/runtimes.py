@@ -179,7 +179,7 @@ class RuntimeProcess:
         try:
             return self.process.submit(function, *arguments).result()
         except BrokenProcessPool:
-            note = "not measured: its process was killed, perhaps for lack of memory; measure fewer, with --only"
+            note = "not measured: its process died, of a crash or for lack of memory; measure fewer, with --only"
         except Exception as error:  # of whichever runtime
             note = not_measured(error)
         self.timed.notes[FULL] = note

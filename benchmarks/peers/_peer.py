@@ -65,6 +65,7 @@ class Peer(nn.Module):
                     f"block {block} removes {count} patches; expected at least 0, and a block below {blocks}"
                 )
         self.removed = dict(removed)
+        self.eval()  # as the model is
 
     @staticmethod
     def most(patches: int) -> int:

@@ -1,4 +1,5 @@
 import example_report
+import pytest
 
 import vwt
 from vwt import LatencyProfile, Plan
@@ -9,8 +10,9 @@ def test_the_plan_is_what_was_recorded(tmp_path, small_vit):
     plan = example_report.make_plan(LatencyProfile.identify(small_vit) | {"model": example_report.MODEL})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
-    assert plan.chosen.schedule == vwt.PruningSchedule({5: vwt.Absorb(120)})
-    assert (plan.chosen.ratio, plan.chosen.kl, plan.chosen.agreement) == (0.8, 0.03, 0.95)
+    assert plan.chosen.schedule == vwt.PruningSchedule({4: vwt.Absorb(98)})
+    figures = (plan.chosen.ratio, plan.chosen.kl, plan.chosen.agreement)
+    assert figures == pytest.approx((0.85, 0.03, 0.95), abs=0.005)
     assert plan.chosen in plan.front
     assert {row.method for row in read_peers(example_report.RECORDED, plan)} > {"ToMe", "POMT", "random drop"}
 
