@@ -169,8 +169,8 @@ def run(arguments: argparse.Namespace) -> None:
         if seconds:
             add_latency(rows, seconds, {v.name: v.baseline for v in variants}, arguments.seed)
             add_throughput(bench, modules, rows)
-            save_results(bench.paths, header, {"fidelity": with_notes(variants, rows, notes)})
         if arguments.runtime:
+            save_results(bench.paths, header, {"fidelity": with_notes(variants, rows, notes)})
             header["not_in_runtimes"] = add_runtimes(bench, rows)
         mark_fronts(rows)
         rows = with_notes(variants, rows, notes)

@@ -154,7 +154,13 @@ class RuntimeProcess:
         self.timed = Timed()
         self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    def open(self, arguments: argparse.Namespace, device: torch.device, models: Models, words: Any) -> None:
+    def open(
+        self,
+        arguments: argparse.Namespace,
+        device: torch.device,
+        models: Models,
+        words: Sequence[tuple[Space, int]],
+    ) -> None:
         """Start the process, in which everything is exported or compiled, and called once; see `time_in_processes`."""
         try:
             check_runtime(self.runtime, self.precision, device)

@@ -204,6 +204,7 @@ def test_fidelity_in_runtimes_refuses_a_precision(run, options):
     assert "leave out --precision and --torchcompile" in err
 
 
+@needs_tracing
 def test_fidelity_over_latency_in_runtimes(run, monkeypatch):
     """A column each, a front each, and a line for what a runtime cannot hold."""
 
