@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peers._peer import Attended, Peer, check_model, select
+from peers._peer import Attended, Peer, check_model, merge, select
 from vwt.errors import ArgumentError
 
 # Tokens that pruning and then merging leave in each block of DeiT, class token included, by GMACs; as published beside
@@ -103,10 +103,8 @@ def merge_last(tokens: Tensor, size: Tensor, left: int) -> tuple[Tensor, Tensor]
         Tokens (B, left, C) and their sizes (B, left) float32.
     """
     unit = F.normalize(tokens.float(), dim=-1)
-    similarity, target = (unit[:, left:] @ unit[:, 1:left].transpose(-2, -1)).max(dim=-1)  # no patch joins the class
-    target = target + 1
-    added = tokens[:, left:]
-    members = torch.ones_like(size[:, :left]).scatter_add(1, target, torch.ones_like(similarity))
-    sums = tokens[:, :left].scatter_add(1, target[..., None].expand_as(added), added)
-    means = sums / members[..., None].to(tokens.dtype)
+    similarity, target = (unit[:, left:] @ unit[:, 1:left].transpose(-2, -1)).max(dim=-1)
+    target = target + 1  # no patch joins the class token
+    rows = torch.cat([torch.arange(left, device=tokens.device).expand(tokens.shape[0], -1), target], dim=1)
+    means, _ = merge(tokens, None, rows, left)
     return means, size[:, :left].scatter_add(1, target, size[:, left:] * similarity.clamp(min=0))

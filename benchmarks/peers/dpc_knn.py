@@ -36,7 +36,7 @@ def join_peaks(points: Tensor, count: int) -> Tensor:
     farthest = distance.amax(dim=(1, 2), keepdim=True)
     isolation = torch.where(denser, distance, farthest).amin(dim=-1)
     centres = (density * isolation).topk(count, dim=1).indices
-    at = torch.arange(len(points), device=points.device)[:, None]
+    at = torch.arange(points.shape[0], device=points.device)[:, None]
     rows = distance[at, centres].argmin(dim=1)  # (B, count, m) to (B, m)
     rows[at, centres] = torch.arange(count, device=points.device)
     return rows

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peers._peer import Attended, Peer, after_class_token, check_model, merge
+from peers._peer import Attended, Peer, after_class_token, check_model, merge, select
 from vwt.errors import ArgumentError
 
 MARGIN = 0.9  # in the first block, from where it falls to 0
@@ -55,11 +55,9 @@ def match_energetic(metric: Tensor, r: int, margin: float) -> Tensor:
     cosine = unit @ unit.transpose(-2, -1)
     energy = torch.where(cosine >= margin, cosine, (cosine - margin).exp() - 1).mean(dim=-1)
     order = energy.sort(dim=1, descending=True).indices
-    one, other, protected = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-    at = torch.arange(len(metric), device=metric.device)[:, None]
-    partner = cosine[at[..., None], one[..., None], other[:, None]].argmax(dim=-1)  # (B, r)
-    rows = torch.empty_like(order)
-    rows[at, protected] = torch.arange(protected.shape[1], device=metric.device)
-    rows[at, other] = torch.arange(protected.shape[1], protected.shape[1] + r, device=metric.device)
-    rows[at, one] = protected.shape[1] + partner
-    return rows
+    one, other = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2]
+    partner = select(select(cosine, one).transpose(1, 2), other).argmax(dim=1)  # (B, r), cosine (B, other, one)
+    protected = order.shape[1] - 2 * r
+    places = torch.arange(protected + r, device=metric.device).expand(metric.shape[0], -1)
+    rows = torch.empty_like(order).scatter(1, torch.cat([order[:, 2 * r :], other], dim=1), places)
+    return rows.scatter(1, one, protected + partner)

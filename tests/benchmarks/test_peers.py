@@ -30,9 +30,12 @@ from peers.ppt import significance
 from peers.tome import match_pairs
 from timm.models.vision_transformer import ParallelScalingBlock
 
+from tests.export.cases import needs_tracing
 from tests.matrix import matrix
 from vwt import Codebook, InterImage, VWTokenizer
 from vwt.errors import ArgumentError, ModelError
+from vwt.export.formats import BATCH
+from vwt.export.runtimes import run_module
 from vwt.models.spec import PatchSpec
 from vwt.tokens.patches import patchify
 
@@ -48,6 +51,8 @@ EVERY = [
     RandomDropInside,
     TokenMerging,
 ]
+
+NOT_TRACED = [AgglomerativeClustering, AgglomerativeClusteringOfTokens, RandomDropInside]  # in NumPy; by each image's bits
 
 
 def everywhere(r):
@@ -335,6 +340,17 @@ def test_diffrate_rates(width, gmacs):
 def test_diffrate_refuses_other_shapes(small_vit):
     with pytest.raises(ArgumentError, match="12 blocks and 197 tokens, not 6 and 101"):
         DiffRate.published(small_vit, "0.9")
+
+
+@pytest.mark.slow
+@needs_tracing
+@pytest.mark.parametrize("make", [each for each in EVERY if each not in NOT_TRACED])
+def test_traced_for_any_batch(images, make):
+    """So that a comparator is measured in the runtimes that vwt is measured in."""
+    peer = make(timm.create_model("test_vit", depth=2).eval(), {0: 30, 1: 20})
+    with torch.inference_mode(False):
+        traced = run_module("onnxruntime", "float32", peer, images[:1].clone(), free=BATCH)
+    torch.testing.assert_close(traced(images), peer(images), atol=1e-4, rtol=1e-4)
 
 
 def test_significance():
