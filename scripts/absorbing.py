@@ -20,7 +20,7 @@ from vwt.models.spec import PatchSpec, prepare
 from vwt.pictures.figures import check_picture, save_figure, subplots
 from vwt.pictures.palette import PLAN, look
 from vwt.pictures.tiles import colours
-from vwt.reductions.absorb import isolation
+from vwt.reductions.absorb import exponent, isolation
 from vwt.reductions.assignment import Assignment
 from vwt.reductions.kinds import check_amounts
 
@@ -46,11 +46,13 @@ class Seen:
         received: (m,) attention that each patch receives.
         patches: (m, C).
         assignment: which became which.
+        exponent: of the distance in the score.
     """
 
     received: Tensor
     patches: Tensor
     assignment: Assignment
+    exponent: float
 
     @property
     def kept(self) -> Tensor:
@@ -64,9 +66,9 @@ def watch(model: nn.Module, pixels: Tensor, block: int, share: float) -> Seen:
     found: list[Seen] = []
 
     class Absorb(vwt.Absorb):
-        def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
-            assignment = super().assign(seen, tokens, prefix)
-            found.append(Seen(seen[0], tokens[0, prefix:], assignment))
+        def assign(self, seen: Tensor, tokens: Tensor, prefix: int, following: float) -> Assignment:
+            assignment = super().assign(seen, tokens, prefix, following)
+            found.append(Seen(seen[0], tokens[0, prefix:], assignment, exponent(following)))
             return assignment
 
     reductions = {block: Absorb(share)}
@@ -99,11 +101,15 @@ def draw(path: Path, picture: Tensor, patch: tuple[int, int], seen: Seen) -> Non
     """
     grid = picture.shape[1] // patch[0], picture.shape[2] // patch[1]
     received, (_, distance) = seen.received, isolation(seen.received[None], seen.patches[None])
-    root = (distance[0] / seen.patches.shape[-1]).sqrt()
+    power = (distance[0] / seen.patches.shape[-1]).pow(seen.exponent)
+    root = "√" if seen.exponent < 1 else ""
     figure, ((image, first, second), (third, kept, joined)) = subplots(2, 3, size=(3, 3.5))
     show(image, picture, "the image")
-    maps = (first, received, "attention received"), (second, root, "√distance to the most similar\nthat receives more")
-    for axes, values, title in (*maps, (third, received * root, "score: their product")):
+    maps = (
+        (first, received, "attention received"),
+        (second, power, f"{root}distance to the most similar\nthat receives more"),
+    )
+    for axes, values, title in (*maps, (third, received * power, "score: their product")):
         top = values.quantile(0.98).item()  # a few patches receive many times as much as the others
         extent = (0, picture.shape[2], picture.shape[1], 0)
         axes.imshow(values.view(grid).numpy(), cmap="cividis", vmax=top, extent=extent)

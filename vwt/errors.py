@@ -60,8 +60,10 @@ def resume_advice(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says in one line that is not long, its first; or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:300]
+    """What another library's error says in one line that is not long; or its type where it says nothing.
+
+    It is the first line, and the next wherever one ends with a colon.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    last = next((number for number, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return " ".join(lines[: last + 1])[:300] or type(error).__name__

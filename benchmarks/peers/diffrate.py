@@ -93,7 +93,7 @@ class DiffRate(Peer):
         order = F.pad(attended.of_class_token().sort(dim=1, descending=True).indices + 1, (1, 0))
         order = order[:, : tokens.shape[1] - self.pruned.get(block, 0)]
         tokens, size = select(tokens, order), size.gather(1, order)
-        return merge_last(tokens, size, left)
+        return merge_last(tokens, size, left) if tokens.shape[1] > left else (tokens, size)
 
 
 def merge_last(tokens: Tensor, size: Tensor, left: int) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,11 @@ EVERY = [
     TokenMerging,
 ]
 
-NOT_TRACED = [AgglomerativeClustering, AgglomerativeClusteringOfTokens, RandomDropInside]  # in NumPy; by each image's bits
+NOT_TRACED = [
+    AgglomerativeClustering,
+    AgglomerativeClusteringOfTokens,
+    RandomDropInside,
+]  # in NumPy; by each image's bits
 
 
 def everywhere(r):

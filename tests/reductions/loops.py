@@ -64,8 +64,8 @@ def correlation(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True)) / norm if norm else 0.0
 
 
-def slow_scores(patches, received):
-    """Attention received times the square root of the distance to the most similar patch that receives more."""
+def slow_scores(patches, received, following):
+    """Attention received times the distance to the most similar patch that receives more, early times its root."""
 
     def distance(a):
         nearest = max(
@@ -73,12 +73,15 @@ def slow_scores(patches, received):
         )
         return min(1 - nearest, 1)  # also where none is similar
 
-    return [one * math.sqrt(max(distance(a), 1e-3)) for a, one in enumerate(received)]
+    distances = [max(distance(a), 1e-3) for a in range(len(received))]
+    if following >= 0.5:
+        distances = [math.sqrt(one) for one in distances]
+    return [one * far for one, far in zip(received, distances, strict=True)]
 
 
-def slow_absorb(patches, received, removed):
+def slow_absorb(patches, received, removed, following):
     """The patches of each token that is left, first the one that is kept; in the order of their scores."""
-    scores = slow_scores(patches, received)
+    scores = slow_scores(patches, received, following)
     order = sorted(range(len(scores)), key=lambda patch: -scores[patch])
     kept, dropped = order[: len(order) - removed], order[len(order) - removed :]
     target = {b: max(kept, key=lambda a: correlation(patches[a], patches[b])) for b in dropped}
@@ -132,6 +135,7 @@ def slow_encode(model, tokens, sizes, schedule):
         tokens = tokens + block.ls1(mixed)
         if index in schedule:
             attn, reduction = block.attn, schedule[index]
+            following = (len(model.blocks) - 1 - index) / len(model.blocks)
             query, key, value = attn.qkv(normed).view(len(tokens), 3, attn.num_heads, -1).permute(1, 2, 0, 3)
             query, key = attn.q_norm(query), attn.k_norm(key)
             operation = type(reduction)
@@ -143,11 +147,10 @@ def slow_encode(model, tokens, sizes, schedule):
                 groups = slow_merge(key.mean(0)[prefix:].tolist(), removed)
             else:
                 removed = min(reduction.wanted(len(parts)), len(parts) - 1)
-                groups = slow_absorb(tokens[prefix:].tolist(), slow_received(query, key, prefix, bias), removed)
+                received = slow_received(query, key, prefix, bias)
+                groups = slow_absorb(tokens[prefix:].tolist(), received, removed, following)
             tokens, sizes = slow_apply(groups, tokens, sizes, prefix, operation)
-            key_size = slow_key_size(
-                groups, key_size, sizes, prefix, operation, (len(model.blocks) - 1 - index) / len(model.blocks)
-            )
+            key_size = slow_key_size(groups, key_size, sizes, prefix, operation, following)
             bias_on_self = bias_on_self and operation is not Absorb
             parts = [[part for patch in group for part in parts[patch]] for group in groups]
         tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))

@@ -28,12 +28,14 @@ from vwt.tokens.packing import Packed
 # No two of them are alike: correlations are 1, 0 and -1, and 0 with the last one, whose channels are all the same.
 PATTERNS = [[1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1], [-1, -1, 1, 1], [-2, 2, -2, 2], [3, 3, 3, 3]]
 
+EARLY, LATE = 0.5, 0.49  # share of the blocks that follow
 
-def check_absorbed(assignment, received, patches):
+
+def check_absorbed(assignment, received, patches, following):
     """Kept patches have the highest scores, and no kept patch is more similar to a patch than its target."""
     for image, (one, rows) in enumerate(zip(received, patches, strict=True)):
         kept, target = kept_patches(assignment)[image], assignment.target[image].tolist()
-        scores = slow_scores(rows, one)
+        scores = slow_scores(rows, one, following)
         dropped = sorted(set(range(len(one))) - set(kept), key=lambda patch: -scores[patch])
         order = [scores[patch] for patch in kept + dropped]
         assert all(more >= less - 1e-3 * max(one) for more, less in itertools.pairwise(order))
@@ -50,11 +52,11 @@ def test_absorbing_equals_a_loop(sequence, data):
     received = data.draw(st.lists(row, min_size=batch, max_size=batch))
     row = st.lists(st.sampled_from(PATTERNS), min_size=patches, max_size=patches)
     rows = data.draw(st.lists(row, min_size=batch, max_size=batch))
-    removed = data.draw(st.integers(0, patches - 1))
+    removed, following = data.draw(st.integers(0, patches - 1)), data.draw(st.sampled_from([EARLY, LATE]))
     tensors = torch.tensor(received, dtype=torch.float32), torch.tensor(rows, dtype=torch.float32)
-    assignment = absorb(*tensors, removed, prefix)
-    check_absorbed(assignment, received, rows)
-    expected = [slow_absorb(*image, removed) for image in zip(rows, received, strict=True)]
+    assignment = absorb(*tensors, removed, prefix, following)
+    check_absorbed(assignment, received, rows, following)
+    expected = [slow_absorb(*image, removed, following) for image in zip(rows, received, strict=True)]
     assert kept_patches(assignment) == [[group[0] for group in image] for image in expected]
     check_assignment(assignment, absorbed_groups(assignment), sequence, Absorb)
 
@@ -63,24 +65,26 @@ def test_absorbing_equals_a_loop(sequence, data):
 def test_absorbing_any_patches_equals_a_loop(patches, width, seed, data):
     removed, prefix = data.draw(st.integers(0, patches - 1)), data.draw(st.integers(0, 5))
     rows, received = random(2, patches, width, seed=seed), random(2, patches, seed=seed + 1).exp()
-    scale = data.draw(st.sampled_from([1.0, 100.0]))
-    assignment = absorb(received, scale * rows + scale, removed, prefix)
-    check_absorbed(assignment, received.tolist(), rows.tolist())
+    scale, following = data.draw(st.sampled_from([1.0, 100.0])), data.draw(st.sampled_from([EARLY, LATE]))
+    assignment = absorb(received, scale * rows + scale, removed, prefix, following)
+    check_absorbed(assignment, received.tolist(), rows.tolist(), following)
     check_assignment(assignment, absorbed_groups(assignment), (2, prefix, patches, None, None), Absorb)
 
 
 def test_known_answers_of_absorbing():
-    """The score of a copy of a patch that receives more is a thirtieth of what it receives; of others, all of it."""
+    """Of a copy of a patch that receives more, early a thirtieth of what it receives counts, late a thousandth."""
     strong, other, copy, weak = [1, 1, -1, -1], [1, -1, 1, -1], [2, 2, -2, -2], [1, -1, -1, 1]
     patches = torch.tensor([[weak, copy, other, strong]], dtype=torch.float32)
 
-    def kept(*received, removed=2):
-        return kept_patches(absorb(torch.tensor([received]), patches, removed, 0))[0]
+    def kept(*received, removed=2, following=EARLY):
+        return kept_patches(absorb(torch.tensor([received]), patches, removed, 0, following))[0]
 
     assert kept(1.0, 9.0, 8.0, 10.0, removed=0) == [3, 2, 0, 1]
     assert kept(0.28, 9.0, 8.0, 10.0) == [3, 2]
     assert kept(0.28, 9.0, 8.0, 10.0, removed=1) == [3, 2, 1]  # 9 times the root of 0.001 is 0.285
     assert kept(0.29, 9.0, 8.0, 10.0, removed=1) == [3, 2, 0]
+    assert kept(0.008, 9.0, 8.0, 10.0, removed=1, following=LATE) == [3, 2, 1]  # and times 0.001 is 0.009
+    assert kept(0.010, 9.0, 8.0, 10.0, removed=1, following=LATE) == [3, 2, 0]
     assert kept(1.0, 10.0, 8.0, 9.0) == [1, 2]  # the other of the two receives more
     assert kept(1.0, 10.0, 8.0, 10.0) == [1, 3]  # neither of them receives more
 
@@ -88,7 +92,7 @@ def test_known_answers_of_absorbing():
 def test_known_answers_of_what_absorbs():
     """A kept patch of two patches is twice in the mean, one of three that it absorbs once."""
     patches = torch.tensor([[[1.0, 1.0, -1.0, -1.0], [6.0, 6.0, -8.0, -8.0], [1.0, -1.0, 1.0, -1.0]]])
-    assignment = absorb(torch.tensor([[3.0, 2.0, 1.0]]), patches, 1, 0)
+    assignment = absorb(torch.tensor([[3.0, 2.0, 1.0]]), patches, 1, 0, EARLY)
     assert absorbed_groups(assignment) == [[[0, 1], [2]]]
     fewer, total = assignment.apply(patches, torch.tensor([[2.0, 3.0, 5.0]]))
     mean = [(2 * 2 * 1 + 3 * 6) / 7, (2 * 2 * 1 + 3 * 6) / 7, -4.0, -4.0]
@@ -108,7 +112,7 @@ def test_of_patches_that_are_alike_one_is_kept(seed, kinds, copies):
     patches = torch.tensor(PATTERNS[:kinds], dtype=torch.float32)[kind] * (
         1 + torch.rand(len(kind), 1, generator=generator)
     )
-    assignment = absorb(received[None], patches[None], len(kind) - kinds, 0)
+    assignment = absorb(received[None], patches[None], len(kind) - kinds, 0, EARLY)
     strongest = [max((kind == k).nonzero().flatten().tolist(), key=received.__getitem__) for k in range(kinds)]
     assert sorted(kept_patches(assignment)[0]) == sorted(strongest)
     for keeper, *others in absorbed_groups(assignment)[0]:
@@ -117,8 +121,8 @@ def test_of_patches_that_are_alike_one_is_kept(seed, kinds, copies):
 
 
 @pytest.mark.parametrize("bias", [None, "keys", "square"])
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_what_absorbing_reads_of_attention(prefix, bias):
+@pytest.mark.parametrize(("prefix", "following"), [(0, EARLY), (1, LATE), (5, EARLY)])
+def test_what_absorbing_reads_of_attention(prefix, following, bias):
     query, key, value = random(3, 2, 2, prefix + 9, 4)
     shape = {"keys": (1, 1, 1, prefix + 9), "square": (1, 1, prefix + 9, prefix + 9)}
     mask = None if bias is None else random(*shape[bias], seed=2)
@@ -129,9 +133,9 @@ def test_what_absorbing_reads_of_attention(prefix, bias):
     expected = [slow_received(q, k, prefix, added) for q, k in zip(query, key, strict=True)]
     torch.testing.assert_close(seen[0], torch.tensor(expected), **CLOSE)
     tokens = random(2, prefix + 9, 6, seed=1)
-    assignment = reduction.assign(seen[0], tokens, prefix)
+    assignment = reduction.assign(seen[0], tokens, prefix, following)
     patches = tokens[:, prefix:].tolist()
-    groups = [slow_absorb(image, row, 5) for image, row in zip(patches, expected, strict=True)]
+    groups = [slow_absorb(image, row, 5, following) for image, row in zip(patches, expected, strict=True)]
     check_assignment(assignment, groups, (2, prefix, 9, None, None), Absorb)
 
 
@@ -139,7 +143,7 @@ def test_what_absorbing_reads_of_attention(prefix, bias):
 def test_likeness_does_not_depend_on_how_large_patches_are(scale):
     """As tokens differ from model to model: likeness is of their channels' correlation."""
     tokens, received = random(2, 41, 8), random(2, 40).exp()
-    assignment, same = (Absorb(25).assign(received, values, 1) for values in (tokens, scale * tokens))
+    assignment, same = (Absorb(25).assign(received, values, 1, EARLY) for values in (tokens, scale * tokens))
     assert assignment.target.tolist() == same.target.tolist()
 
 
@@ -148,7 +152,7 @@ def test_likeness_does_not_depend_on_how_large_patches_are(scale):
 def test_one_patch_absorbs_all(sized, prefix):
     tokens, received = random(2, prefix + 9, 5), random(2, 9).exp()
     sizes = F.pad(torch.arange(1.0, 10.0).expand(2, -1), (prefix, 0), value=1.0) if sized else None
-    fewer, total = Absorb(100).assign(received, tokens, prefix).apply(tokens, sizes)
+    fewer, total = Absorb(100).assign(received, tokens, prefix, LATE).apply(tokens, sizes)
     assert fewer.shape == (2, prefix + 1, 5)
     assert total[:, prefix].tolist() == [45 if sized else 9] * 2
     weight = torch.ones(2, 9) if sizes is None else sizes[:, prefix:].clone()
@@ -168,13 +172,13 @@ def test_absorbing_among_equals_is_finite_and_the_same_again(receive, patches):
     received = {"alike": torch.ones(3, 9), "nothing": torch.zeros(3, 9), "unlike": torch.arange(27.0).view(3, 9)}[
         receive
     ]
-    assignment, again = (Absorb(6).assign(received, tokens, 0) for _ in range(2))
+    assignment, again = (Absorb(6).assign(received, tokens, 0, EARLY) for _ in range(2))
     fewer, total = assignment.apply(tokens, None)
     torch.testing.assert_close(fewer, tokens[:, :3])
     assert total.sum(1).tolist() == [9] * 3
     assert assignment.target.tolist() == again.target.tolist()
     for image in range(3):
-        alone = Absorb(6).assign(received[image : image + 1], tokens[image : image + 1], 0)
+        alone = Absorb(6).assign(received[image : image + 1], tokens[image : image + 1], 0, EARLY)
         assert kept_patches(alone) == kept_patches(assignment)[image : image + 1]
     if receive != "unlike":
         assert kept_patches(assignment) == [[0, 1, 2]] * 3
@@ -186,7 +190,7 @@ def test_absorbing_among_equals_is_finite_and_the_same_again(receive, patches):
 def test_patches_in_half_precision_are_compared_in_float32(dtype):
     """Patches that have much in common, whose correlations are equal in half precision."""
     tokens, received = (random(2, 1, 64) + 0.1 * random(2, 41, 64, seed=1)).to(dtype), random(2, 40).exp()
-    assignment, same = (Absorb(25).assign(received, values, 1) for values in (tokens, tokens.float()))
+    assignment, same = (Absorb(25).assign(received, values, 1, EARLY) for values in (tokens, tokens.float()))
     assert assignment.target.tolist() == same.target.tolist()
     fewer, _ = assignment.apply(tokens, None)
     assert fewer.dtype == dtype
@@ -248,7 +252,7 @@ def test_absorbing_between_halves(patches, amount, prefix, sized):
         strict=True,
     ):
         heads, removed = tokens.unflatten(-1, (3, 16)).transpose(0, 1), min(amount, len(tokens) - prefix - 1)
-        groups = slow_absorb(tokens[prefix:].tolist(), slow_received(heads, heads, prefix), removed)
+        groups = slow_absorb(tokens[prefix:].tolist(), slow_received(heads, heads, prefix), removed, 0.5)
         expected, sums = slow_apply(groups, tokens, size.tolist(), prefix, Absorb)
         torch.testing.assert_close(found, expected, **CLOSE)
         assert total.tolist() == sums
@@ -294,8 +298,8 @@ def test_absorbing_in_half_precision(cast, dtype):
 @torch.inference_mode()
 def test_absorbing_compares_the_same_under_autocast():
     tokens, received = random(3, 40, 16, seed=1), random(3, 40, seed=2).exp()
-    expected = absorb(received, tokens, 20, 1)
+    expected = absorb(received, tokens, 20, 1, EARLY)
     with torch.autocast("cpu", torch.bfloat16):
-        assignment = absorb(received, tokens, 20, 1)
+        assignment = absorb(received, tokens, 20, 1, EARLY)
     assert torch.equal(assignment.weight, expected.weight)
     assert torch.equal(assignment.target, expected.target)

@@ -32,7 +32,7 @@ def assign(kind, metric, removed, prefix):
         return prune(metric[..., 0], removed, prefix)
     if kind == "merge":
         return match(metric, removed, prefix)
-    return absorb(metric[..., 0].exp(), metric, removed, prefix)
+    return absorb(metric[..., 0].exp(), metric, removed, prefix, 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,24 +13,31 @@ from vwt.tokens.tensors import numbers, select, without_autocast
 LOST = 0.4  # how much less than once a patch that joined would count if all blocks followed; see docs/operators.md
 
 
-def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int) -> Assignment:
+def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int, following: float) -> Assignment:
     """Keep the patches of highest score; each of the others merges into the most similar kept one.
 
-    Score: attention received times the square root of the distance to the most similar patch that receives more. Kept
-    patches come in the order of their scores, and count twice in the mean.
+    Score: attention received times a power of the distance to the most similar patch that receives more, see
+    `exponent`. Kept patches come in the order of their scores, and count twice in the mean.
 
     Args:
         received: (B, m) float32, the attention that each patch receives.
         patches: (B, m, C), compared by the correlation of their channels.
         removed: R patches that merge into others, at most m - 1.
         prefix: P tokens that come before the patches, and take no part.
+        following: see `Reduction.assign`.
     """
     similarity, distance = isolation(received, patches)
-    order = (received.square() * distance).sort(dim=1, descending=True).indices  # as by received · √distance
+    score = received.pow(1 / exponent(following)) * distance  # in the order of received · distance ** exponent
+    order = score.sort(dim=1, descending=True).indices
     kept = order[:, : order.shape[1] - removed]
     own = numbers(kept.shape[1], kept.device).expand(kept.shape)
     target = select(similarity, kept).max(dim=1).indices.scatter(1, kept, own)
     return Assignment(target, kept.shape[1], prefix, kept)
+
+
+def exponent(following: float) -> float:
+    """Of the distance in the score, by the share of the blocks that follow: its root where this is at least half."""
+    return 0.5 if following >= 0.5 else 1.0
 
 
 def isolation(received: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +63,10 @@ def isolation(received: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
 class Absorb(Reduction):
     """Keep the patches of highest score; each of the others merges into the most similar kept one.
 
-    Score: attention received (the first term of `importance`) times the square root of the distance to the most similar
-    patch that receives more: of several that are similar, one is enough. The kept patch counts twice in the mean, so
-    that it stays near a token that the model knows; else the mean is weighted by the patches that each stands for.
+    Score: attention received (the first term of `importance`) times the distance to the most similar patch that
+    receives more, or its square root where at least half of the blocks follow: of several that are similar, one is
+    enough. The kept patch counts twice in the mean, so that it stays near a token that the model knows; else the mean
+    is weighted by the patches that each stands for.
     Attention counts the kept patch once and each that joined it 1 - 0.4 f times (proportional attention), f the share
     of the blocks that follow: the more of these, the further the two would have grown apart. The last `Absorb` decides
     for all patches that a token stands for. A token that attends to itself counts once.
@@ -89,6 +97,6 @@ class Absorb(Reduction):
         lost = LOST * following
         return (1 - lost) * total + lost
 
-    def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
+    def assign(self, seen: Tensor, tokens: Tensor, prefix: int, following: float) -> Assignment:
         """Attention received (B, m) and tokens to what is kept, and into what the others merge."""
-        return absorb(seen, tokens[:, prefix:], self.removed(seen.shape[1]), prefix)
+        return absorb(seen, tokens[:, prefix:], self.removed(seen.shape[1]), prefix, following)

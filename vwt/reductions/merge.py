@@ -65,6 +65,6 @@ class Merge(Reduction):
             return total if sizes is None else assignment.sum(torch.ones_like(sizes))
         return assignment.sum(key_size)
 
-    def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
+    def assign(self, seen: Tensor, tokens: Tensor, prefix: int, following: float) -> Assignment:
         """Metric (B, m, d) to the pairs."""
         return match(seen, self.removed(seen.shape[1]), prefix)

@@ -49,7 +49,7 @@ class Prune(Reduction):
         members = assignment.sum(torch.ones_like(key_size))
         return torch.where(members > 1, 1.0, assignment.sum(key_size))
 
-    def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
+    def assign(self, seen: Tensor, tokens: Tensor, prefix: int, following: float) -> Assignment:
         """Importance (B, m) to what is kept and what is dropped."""
         return prune(seen, self.removed(seen.shape[1]), prefix)
 

@@ -38,7 +38,7 @@ def reduce_after(
         packed: the sequences.
         reduction: what to do.
         prefix: P.
-        following: see `Reduction.key_size`.
+        following: see `Reduction.assign`.
         one_by_one: see `run_blocks`.
 
     Raises:
@@ -52,7 +52,7 @@ def reduce_after(
             f"a reduction needs blocks that call fused attention once, not {len(seen) // len(runs)} times; leave this "
             "block out of the schedule, or create the model after timm.layers.set_fused_attn(True)"
         )
-    assignments = [reduction.assign(what, run, prefix) for what, run in zip(seen, runs, strict=True)]
+    assignments = [reduction.assign(what, run, prefix, following) for what, run in zip(seen, runs, strict=True)]
     after = _apply(reduction, assignments, before, runs, following)
     return after, Step(assignments, lengthen(after.lengths, -prefix))
 

@@ -68,8 +68,15 @@ class Reduction:
         """Attention that appends to `seen` what `assign` needs."""
         raise NotImplementedError
 
-    def assign(self, seen: Tensor, tokens: Tensor, prefix: int) -> Assignment:
-        """Which patch tokens become which, by what was seen of a batch and its tokens (B, n, C) after the attention."""
+    def assign(self, seen: Tensor, tokens: Tensor, prefix: int, following: float) -> Assignment:
+        """Which patch tokens of a batch become which.
+
+        Args:
+            seen: what `watch` kept.
+            tokens: (B, n, C), after the attention.
+            prefix: P.
+            following: share of the blocks (of the vision tower) that come after this one, in [0, 1).
+        """
         raise NotImplementedError
 
     @staticmethod
@@ -83,7 +90,7 @@ class Reduction:
             key_size: (B, n) float32, the same of the former tokens.
             sizes: (B, n) float32, patches that each of these stands for, None where all are 1.
             total: (B, n') float32, the same of the new ones.
-            following: share of the blocks (of the vision tower) that come after this one, in [0, 1).
+            following: as in `assign`.
         """
         raise NotImplementedError
 
