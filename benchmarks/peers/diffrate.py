@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peers._peer import Attended, Peer, check_model, merge, select
+from peers._peer import Attended, Peer, check_model, select
 from vwt.errors import ArgumentError
 
 # Tokens that pruning and then merging leave in each block of DeiT, class token included, by GMACs; as published beside
@@ -104,7 +104,12 @@ def merge_last(tokens: Tensor, size: Tensor, left: int) -> tuple[Tensor, Tensor]
     """
     unit = F.normalize(tokens.float(), dim=-1)
     similarity, target = (unit[:, left:] @ unit[:, 1:left].transpose(-2, -1)).max(dim=-1)
-    target = target + 1  # no patch joins the class token
-    rows = torch.cat([torch.arange(left, device=tokens.device).expand(tokens.shape[0], -1), target], dim=1)
-    means, _ = merge(tokens, None, rows, left)
-    return means, size[:, :left].scatter_add(1, target, size[:, left:] * similarity.clamp(min=0))
+    starts = torch.arange(0, tokens.shape[0] * left, left, device=tokens.device)
+    index = (target + 1 + starts[:, None]).flatten()  # no patch joins the class token
+
+    def add(values: Tensor, to: Tensor) -> Tensor:
+        return to.flatten(0, 1).index_add(0, index, values.flatten(0, 1)).view(to.shape)
+
+    members = add(torch.ones_like(similarity), torch.ones_like(size[:, :left]))
+    means = add(tokens[:, left:], tokens[:, :left]) / members[..., None].to(tokens.dtype)
+    return means, add(size[:, left:] * similarity.clamp(min=0), size[:, :left])

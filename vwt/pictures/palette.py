@@ -35,13 +35,13 @@ LOOKS = {
     "random drop": Look("#999999", "X", "cross"),
     "VWT paper": Look("#e69f00", "<", "triangle-left"),
     "padded": Look("#b8860b", ">", "triangle-right"),
-    "ATC": Look("#882255", "h", "wedge"),
+    "ATC": Look("#882255", "h", "circle"),
     "DiffRate": Look("#117733", "d", "diamond"),
     "PPT": Look("#332288", "p", "square"),
     "PiToMe": Look("#44aa99", "*", "triangle-up"),
     "quantised": Look("#000000", "P", "stroke"),
 }
-OTHER = Look("#4d4d4d", "p", "wedge")
+OTHER = Look("#4d4d4d", "p", "circle")
 
 
 def look(method: str) -> Look:

@@ -36,7 +36,7 @@ def absorb(received: Tensor, patches: Tensor, removed: int, prefix: int, followi
 
 
 def exponent(following: float) -> float:
-    """Of the distance in the score, by the share of the blocks that follow: its root where this is at least half."""
+    """Of the distance in the score: its root where at least half of the blocks follow; see docs/operators.md."""
     return 0.5 if following >= 0.5 else 1.0
 
 
