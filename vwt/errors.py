@@ -64,6 +64,6 @@ def first_line(error: BaseException) -> str:
 
     It is the first line, and the next wherever one ends with a colon.
     """
-    lines = [line.strip() for line in str(error).strip().splitlines()]
+    lines = [line for each in str(error).splitlines() if (line := each.strip())]
     last = next((number for number, line in enumerate(lines) if not line.endswith(":")), len(lines))
     return " ".join(lines[: last + 1])[:300] or type(error).__name__

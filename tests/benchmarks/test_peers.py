@@ -52,11 +52,8 @@ EVERY = [
     TokenMerging,
 ]
 
-NOT_TRACED = [
-    AgglomerativeClustering,
-    AgglomerativeClusteringOfTokens,
-    RandomDropInside,
-]  # in NumPy; by each image's bits
+# Clusters by SciPy, and draws by the bits of each image.
+NOT_TRACED = [AgglomerativeClustering, AgglomerativeClusteringOfTokens, RandomDropInside]
 
 
 def everywhere(r):
@@ -339,6 +336,13 @@ def test_diffrate_rates(width, gmacs):
     for entering, leaving in zip(peer.lengths(197), [*peer.lengths(197)[1:], kept[-1]], strict=True):
         total += 4 * entering * width**2 + 2 * entering**2 * width + 8 * leaving * width**2
     assert (total + 197 * width * 768) / 1e9 == pytest.approx(float(gmacs), rel=0.06)
+
+
+def test_diffrate_may_merge_nothing(small_vit, images):
+    """Where all that go are dropped it is top-k by class attention."""
+    dropped = DiffRate(small_vit, {1: 30}, pruned={1: 30})(images)
+    torch.testing.assert_close(dropped, ClassAttentionTopK(small_vit, {1: 30})(images), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(dropped, DiffRate(small_vit, {1: 30}, pruned={1: 20})(images), atol=1e-5)
 
 
 def test_diffrate_refuses_other_shapes(small_vit):

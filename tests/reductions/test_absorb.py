@@ -21,7 +21,7 @@ from tests.reductions.cases import (
 from tests.reductions.loops import correlation, slow_absorb, slow_apply, slow_received, slow_scores
 from vwt import Merge, Prune, PruningSchedule, VWTokenizer
 from vwt.models.backbone import Backbone
-from vwt.reductions.absorb import Absorb, absorb
+from vwt.reductions.absorb import Absorb, absorb, exponent
 from vwt.reductions.reducing import reduce_after
 from vwt.tokens.packing import Packed
 
@@ -71,6 +71,11 @@ def test_absorbing_any_patches_equals_a_loop(patches, width, seed, data):
     check_assignment(assignment, absorbed_groups(assignment), (2, prefix, patches, None, None), Absorb)
 
 
+def test_exponent_of_the_distance():
+    """The root up to block 5 of 12, and the distance from block 6 on."""
+    assert [exponent((11 - block) / 12) for block in range(12)] == [0.5] * 6 + [1.0] * 6
+
+
 def test_known_answers_of_absorbing():
     """Of a copy of a patch that receives more, early a thirtieth of what it receives counts, late a thousandth."""
     strong, other, copy, weak = [1, 1, -1, -1], [1, -1, 1, -1], [2, 2, -2, -2], [1, -1, -1, 1]
@@ -103,8 +108,8 @@ def test_known_answers_of_what_absorbs():
         torch.testing.assert_close(key_size, torch.full((1, 2), expected))
 
 
-@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5))
-def test_of_patches_that_are_alike_one_is_kept(seed, kinds, copies):
+@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5), st.sampled_from([EARLY, LATE]))
+def test_of_patches_that_are_alike_one_is_kept(seed, kinds, copies, following):
     """The strongest of each kind, however many copies there are and wherever they stand; the copies go to it."""
     generator = torch.Generator().manual_seed(seed)
     kind = torch.arange(kinds).repeat(copies)[torch.randperm(kinds * copies, generator=generator)]
@@ -112,7 +117,7 @@ def test_of_patches_that_are_alike_one_is_kept(seed, kinds, copies):
     patches = torch.tensor(PATTERNS[:kinds], dtype=torch.float32)[kind] * (
         1 + torch.rand(len(kind), 1, generator=generator)
     )
-    assignment = absorb(received[None], patches[None], len(kind) - kinds, 0, EARLY)
+    assignment = absorb(received[None], patches[None], len(kind) - kinds, 0, following)
     strongest = [max((kind == k).nonzero().flatten().tolist(), key=received.__getitem__) for k in range(kinds)]
     assert sorted(kept_patches(assignment)[0]) == sorted(strongest)
     for keeper, *others in absorbed_groups(assignment)[0]:
@@ -164,7 +169,8 @@ def test_one_patch_absorbs_all(sized, prefix):
 
 @pytest.mark.parametrize("patches", ["equal", "constant", "zero"])
 @pytest.mark.parametrize("receive", ["alike", "nothing", "unlike"])
-def test_absorbing_among_equals_is_finite_and_the_same_again(receive, patches):
+@pytest.mark.parametrize("following", [EARLY, LATE])
+def test_absorbing_among_equals_is_finite_and_the_same_again(receive, patches, following):
     """Equal patches that receive as much, or nothing; patches whose channels are all the same."""
     tokens = (
         random(1, 1, 8).expand(3, 9, 8) if patches == "equal" else torch.full((3, 9, 8), 2.0 * (patches == "constant"))
@@ -172,13 +178,13 @@ def test_absorbing_among_equals_is_finite_and_the_same_again(receive, patches):
     received = {"alike": torch.ones(3, 9), "nothing": torch.zeros(3, 9), "unlike": torch.arange(27.0).view(3, 9)}[
         receive
     ]
-    assignment, again = (Absorb(6).assign(received, tokens, 0, EARLY) for _ in range(2))
+    assignment, again = (Absorb(6).assign(received, tokens, 0, following) for _ in range(2))
     fewer, total = assignment.apply(tokens, None)
     torch.testing.assert_close(fewer, tokens[:, :3])
     assert total.sum(1).tolist() == [9] * 3
     assert assignment.target.tolist() == again.target.tolist()
     for image in range(3):
-        alone = Absorb(6).assign(received[image : image + 1], tokens[image : image + 1], 0, EARLY)
+        alone = Absorb(6).assign(received[image : image + 1], tokens[image : image + 1], 0, following)
         assert kept_patches(alone) == kept_patches(assignment)[image : image + 1]
     if receive != "unlike":
         assert kept_patches(assignment) == [[0, 1, 2]] * 3

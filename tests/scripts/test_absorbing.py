@@ -23,9 +23,10 @@ def small(tmp_path):
     return ["--model", "test_vit", "--checkpoint", weights, "--image", picture]
 
 
-def test_picture_is_drawn(small, tmp_path, capsys):
-    assert absorbing.main([*small, "--block", "2", "--share", "0.4", "--out", str(tmp_path / "drawn.png")]) == 0
-    assert capsys.readouterr().out == f"40 patches join 60 in block 2\n{tmp_path / 'drawn.png'}\n"
+@pytest.mark.parametrize("block", ["2", "3"])  # of 6: the root of the distance, and the distance
+def test_picture_is_drawn(small, tmp_path, capsys, block):
+    assert absorbing.main([*small, "--block", block, "--share", "0.4", "--out", str(tmp_path / "drawn.png")]) == 0
+    assert capsys.readouterr().out == f"40 patches join 60 in block {block}\n{tmp_path / 'drawn.png'}\n"
     assert Image.open(tmp_path / "drawn.png").size == (720, 560)
 
 
