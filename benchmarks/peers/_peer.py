@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vwt.errors import ArgumentError, ModelError
+from vwt.tokens.tensors import flat_index
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def merge(tokens: Tensor, size: Tensor | None, rows: Tensor, count: int) -> tupl
     batch, _, width = tokens.shape
     if size is None:
         size = tokens.new_ones(rows.shape, dtype=torch.float32)
-    index = (rows + torch.arange(0, batch * count, count, device=rows.device)[:, None]).flatten()
+    index = flat_index(rows, count)
     total = size.new_zeros(batch * count).index_add_(0, index, size.flatten())
     # Shares of at most 1, so that no sum is larger than its terms in half precision.
     share = (size.flatten() / total[index]).to(tokens.dtype)

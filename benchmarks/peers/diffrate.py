@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peers._peer import Attended, Peer, check_model, select
 from vwt.errors import ArgumentError
+from vwt.tokens.tensors import flat_index
 
 # Tokens that pruning and then merging leave in each block of DeiT, class token included, by GMACs; as published beside
 # the paper's code. 0 is the first block.
@@ -104,8 +105,7 @@ def merge_last(tokens: Tensor, size: Tensor, left: int) -> tuple[Tensor, Tensor]
     """
     unit = F.normalize(tokens.float(), dim=-1)
     similarity, target = (unit[:, left:] @ unit[:, 1:left].transpose(-2, -1)).max(dim=-1)
-    starts = torch.arange(0, tokens.shape[0] * left, left, device=tokens.device)
-    index = (target + 1 + starts[:, None]).flatten()  # no patch joins the class token
+    index = flat_index(target + 1, left)  # no patch joins the class token
 
     def add(values: Tensor, to: Tensor) -> Tensor:
         return to.flatten(0, 1).index_add(0, index, values.flatten(0, 1)).view(to.shape)
